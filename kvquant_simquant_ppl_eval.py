@@ -62,7 +62,8 @@ def main() -> None:
         settings = {name: value for name, value in vars(args).items() if name != "model"}
         settings |= {"dtype": qu.dtype_name(model), "device": str(model.device), "attn_implementation": attention}
         report = {"script": Path(__file__).name, "model": which.name, "settings": settings}
-        qu.write_json(args.output, report | {"environment": qu.environment(model), "results": [asdict(r) for r in results]})
+        report |= {"environment": qu.environment(model), "results": [asdict(result) for result in results]}
+        qu.write_json(args.output, report)
 
 
 if __name__ == "__main__":

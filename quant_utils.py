@@ -24,6 +24,7 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import json
+import logging
 import math
 import os
 import random
@@ -92,7 +93,7 @@ class QuantSpec:
         if self.include_sparse:
             parts.append(f"outliers beyond {self.sparsity_threshold:g} exact")
         if self.sink_tokens:
-            parts.append(f"first {self.sink_tokens} tokens exact")
+            parts.append(f"first {self.sink_tokens} token{'s' * (self.sink_tokens > 1)} exact")
         return ", ".join(parts)
 
 
@@ -158,7 +159,22 @@ class ModelSpec:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# 2. Codebooks: sorted levels [L] inside [-1, 1]
+# 2. Codebooks: the levels inside [-1, 1]
+
+
+@dataclass(frozen=True)
+class Codebook:
+    """Sorted levels [L] to search, and the values [L] that they decode to."""
+
+    encode: Tensor
+    decode: Tensor
+
+    @classmethod
+    def of(cls, levels: Tensor) -> Codebook:
+        return cls(levels, levels)
+
+    def to(self, device: torch.device) -> Codebook:
+        return Codebook(self.encode.to(device), self.decode.to(device))
 
 
 def uniform_levels(bits: int) -> Tensor:
@@ -177,9 +193,9 @@ def normal_float_levels(bits: int) -> Tensor:
     return torch.cat([negative / -negative[0], positive / positive[-1]])
 
 
-def codebook_levels(spec: QuantSpec) -> Tensor:
-    """[L] the levels that spec names."""
-    return normal_float_levels(spec.bits) if spec.nf else uniform_levels(spec.bits)
+def data_free_codebook(spec: QuantSpec) -> Codebook:
+    """The codebook that spec names, where it needs no data."""
+    return Codebook.of(normal_float_levels(spec.bits) if spec.nf else uniform_levels(spec.bits))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -223,16 +239,16 @@ def inlier_range(x: Tensor, keep: Tensor, axis: int) -> tuple[Tensor, Tensor]:
     return lo, hi
 
 
-def snap(x: Tensor, lo: Tensor, hi: Tensor, levels: Tensor) -> Tensor:
-    """x rounded to the nearest of levels [L] stretched from [-1, 1] over [lo, hi] (both broadcast to x).
+def snap(x: Tensor, lo: Tensor, hi: Tensor, codebook: Codebook) -> Tensor:
+    """x rounded to the nearest level of codebook, stretched from [-1, 1] over [lo, hi] (both broadcast to x).
 
     lerp hits both ends exactly, and lo == hi gives lo whatever the index, so an empty range needs no special case.
     """
     unit = (x - lo) / (hi - lo) * 2 - 1
-    return torch.lerp(lo, hi, (levels[nearest_level(unit, levels)] + 1) / 2)
+    return torch.lerp(lo, hi, (codebook.decode[nearest_level(unit, codebook.encode)] + 1) / 2)
 
 
-def fake_quantize(x: Tensor, spec: QuantSpec, levels: Tensor) -> Tensor:
+def fake_quantize(x: Tensor, spec: QuantSpec, codebook: Codebook) -> Tensor:
     """x [B,T,C] quantized and dequantized with a dynamic range: the same shape and dtype, arithmetic in fp32.
 
     Sink tokens take no part: they come back as they are, and neither quantiles nor ranges see them.
@@ -245,7 +261,7 @@ def fake_quantize(x: Tensor, spec: QuantSpec, levels: Tensor) -> Tensor:
     y = body.float()
     keep = outlier_mask(y, spec)
     lo, hi = inlier_range(y, keep, spec.axis)
-    snapped = snap(y, lo, hi, levels).to(x.dtype)
+    snapped = snap(y, lo, hi, codebook).to(x.dtype)
     return torch.cat([sinks, torch.where(keep, body, snapped)], dim=1)
 
 
@@ -285,6 +301,12 @@ def find_sites(model: nn.Module, specs: KVSpec) -> dict[str, nn.Module]:
     return sites
 
 
+def execution_device(module: nn.Module) -> torch.device:
+    """Where module computes: accelerate's word for an offloaded module, whose weights lie on the meta device."""
+    hook = getattr(module, "_hf_hook", None)
+    return torch.device(getattr(hook, "execution_device", None) or module.weight.device)
+
+
 @contextmanager
 def hooked(sites: Mapping[str, nn.Module], transform: Callable[[str], Callable[[Tensor], Tensor]]) -> Iterator[None]:
     """Inside the block each site's output passes through transform(name); the hooks go whatever happens inside."""
@@ -305,9 +327,7 @@ def simulate_quantization(model: nn.Module, specs: KVSpec):
 
     def transform(name: str) -> Callable[[Tensor], Tensor]:
         spec = specs[name.rpartition(".")[2]]
-        weight = getattr(sites[name], "weight", None)
-        levels = codebook_levels(spec)
-        return partial(fake_quantize, spec=spec, levels=levels if weight is None else levels.to(weight.device))
+        return partial(fake_quantize, spec=spec, codebook=data_free_codebook(spec).to(execution_device(sites[name])))
 
     return hooked(sites, transform)
 
@@ -374,7 +394,7 @@ def quiet_libraries() -> None:
 
     huggingface_hub.utils.logging.set_verbosity_error()
     transformers.logging.set_verbosity_error()
-    datasets.utils.logging.set_verbosity_error()
+    datasets.utils.logging.set_verbosity(logging.CRITICAL)
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
         transformers.logging.disable_progress_bar()
@@ -436,8 +456,10 @@ def jsonl_text(path: str, number: int, line: str) -> str:
     """The string under `text` in one line of a .jsonl file."""
     try:
         row = json.loads(line)
-    except ValueError as error:
-        raise UserError(f"text file {path!r}, line {number} is not JSON: {error}") from error
+    except json.JSONDecodeError as error:
+        raise UserError(
+            f"text file {path!r}, line {number} is not JSON: {error.msg} at column {error.colno}"
+        ) from error
     if not isinstance(row, dict) or not isinstance(row.get("text"), str):
         raise UserError(f'text file {path!r}, line {number} is not an object with a string under "text"')
     return row["text"]
@@ -733,12 +755,12 @@ def kv_spec(args: Namespace) -> KVSpec:
         raise UserError(f"{', '.join(sorted(both))} stands in both --perchannel and --pertoken: give it one scale")
     if 0 < args.seqlen <= args.first_few_fp16:
         raise UserError(f"first_few_fp16 {args.first_few_fp16} covers the whole window of seqlen {args.seqlen}")
-    if args.sparsity_threshold != 0.99 and not args.include_sparse:
-        warn(f"--sparsity_threshold {args.sparsity_threshold:g} has no effect without --include_sparse")
     axes = dict.fromkeys(args.perchannel, PER_CHANNEL) | dict.fromkeys(args.pertoken, PER_TOKEN)
     shared = {name: getattr(args, name) for name in ("nf", "include_sparse", "sparsity_threshold", "first_few_fp16")}
     bits = min(args.abits, 8)
     specs = {name: QuantSpec(axis, bits, **shared) for name, axis in axes.items()}  # made at 16 bits too: it validates
+    if args.sparsity_threshold != 0.99 and not args.include_sparse:
+        warn(f"--sparsity_threshold {args.sparsity_threshold:g} has no effect without --include_sparse")
     return specs if args.abits != UNQUANTIZED else {}
 
 
@@ -748,16 +770,14 @@ def warn(message: str) -> None:
 
 def run(main: Callable[[], None]) -> int:
     """The exit status of main: 0, 2 after a one-line error for what the user can mend, 130 after Ctrl-C."""
-    program = Path(sys.argv[0]).name
     try:
         main()
+        return 0
     except UserError as error:
-        print(f"{program}: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+        status, message = 2, f"error: {' '.join(str(error).split())}"
     except torch.OutOfMemoryError:
-        print(f"{program}: error: out of GPU memory: lower --batch_size or --seqlen, or choose a smaller --dtype", file=sys.stderr)
-        return 2
+        status, message = 2, "error: out of GPU memory: lower --batch_size or --seqlen, or choose a smaller --dtype"
     except KeyboardInterrupt:
-        print(f"{program}: interrupted", file=sys.stderr)
-        return 130
-    return 0
+        status, message = 130, "interrupted"
+    print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
+    return status

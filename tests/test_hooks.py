@@ -1,0 +1,93 @@
+"""The hooks: at the right places, and gone afterwards."""
+
+import pytest
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel, Qwen3Config, Qwen3ForCausalLM
+
+import quant_utils as qu
+
+SPECS = {"k_proj": qu.QuantSpec(qu.PER_CHANNEL, 3), "v_proj": qu.QuantSpec(qu.PER_TOKEN, 2)}
+TINY = {"vocab_size": 32, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16}
+
+
+def hook_count(model):
+    return sum(len(module._forward_hooks) for module in model.modules())
+
+
+def test_sites_are_the_named_projections_of_every_layer_in_order(model):
+    expected = [f"model.layers.{i}.self_attn.{kind}_proj" for i in range(6) for kind in "kv"]
+    assert list(qu.find_sites(model, SPECS)) == expected
+    assert list(qu.find_sites(model, {"v_proj": SPECS["v_proj"]})) == expected[1::2]
+    assert qu.find_sites(model, {}) == {}
+
+
+@torch.inference_mode()
+def test_each_projection_gives_the_quantized_value_of_its_own_output(model, windows):
+    captured = {}
+    attention = model.model.layers[0].self_attn  # its input is the same with and without hooks
+
+    def capture(name):
+        return lambda module, args, out: captured.__setitem__(name, (args[0], out))
+
+    with qu.simulate_quantization(model, SPECS):
+        hooks = [getattr(attention, name).register_forward_hook(capture(name)) for name in ("q_proj", *SPECS)]
+        model(windows[:2])
+    for hook in hooks:
+        hook.remove()
+    for name, (hidden, given) in captured.items():
+        plain = torch.nn.functional.linear(hidden, getattr(attention, name).weight)
+        if name in SPECS:
+            assert not torch.equal(plain, given)
+            plain = qu.fake_quantize(plain, SPECS[name], qu.data_free_codebook(SPECS[name]))
+        assert torch.equal(plain, given)
+
+
+@torch.inference_mode()
+def test_hooks_are_gone_and_logits_as_before_after_the_block(model, windows):
+    before = model(windows[:1]).logits
+    with qu.simulate_quantization(model, SPECS):
+        assert hook_count(model) == 12
+        assert not torch.equal(model(windows[:1]).logits, before)
+    assert hook_count(model) == 0
+    assert torch.equal(model(windows[:1]).logits, before)
+
+
+@torch.inference_mode()
+def test_hooks_are_gone_after_an_exception_inside_the_block(model, windows):
+    before = model(windows[:1]).logits
+    with pytest.raises(RuntimeError, match="inside"), qu.simulate_quantization(model, SPECS):
+        raise RuntimeError("inside")
+    assert hook_count(model) == 0
+    assert torch.equal(model(windows[:1]).logits, before)
+
+
+def test_hooks_are_gone_if_attaching_fails_half_way(model):
+    def transform(name):
+        if name.endswith("layers.3.self_attn.k_proj"):
+            raise RuntimeError("half way")
+        return lambda out: out
+
+    with pytest.raises(RuntimeError, match="half way"), qu.hooked(qu.find_sites(model, SPECS), transform):
+        pass
+    assert hook_count(model) == 0
+
+
+def test_no_specs_is_the_model_itself(model, windows):
+    with torch.inference_mode():
+        before = model(windows[:1]).logits
+        with qu.simulate_quantization(model, {}):
+            assert hook_count(model) == 0
+            assert torch.equal(model(windows[:1]).logits, before)
+
+
+def test_a_model_without_the_projections_is_refused_with_those_it_has():
+    gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=32, n_positions=16, n_embd=16, n_layer=1, n_head=2))
+    with pytest.raises(qu.UserError, match=r"GPT2LMHeadModel has no projection k_proj, v_proj; it has: c_attn, c_proj"):
+        qu.simulate_quantization(gpt2, SPECS)
+
+
+def test_a_model_that_normalizes_keys_after_the_projection_is_refused():
+    qwen3 = Qwen3ForCausalLM(Qwen3Config(**TINY, num_key_value_heads=1, head_dim=8))
+    with pytest.raises(qu.UserError, match="k_norm"):
+        qu.simulate_quantization(qwen3, SPECS)
+    assert len(qu.find_sites(qwen3, {"v_proj": SPECS["v_proj"]})) == 2
