@@ -268,9 +268,8 @@ def fake_quantize(x: Tensor, spec: QuantSpec, codebook: Codebook) -> Tensor:
 # ----------------------------------------------------------------------------------------------------------------------
 # 4. Hooks: the only section that touches the model
 
-KVSpec = Mapping[
-    str, QuantSpec
-]  # projection → how its output is quantized, {"k_proj": ..., "v_proj": ...}; {} for none
+# projection → how its output is quantized: {"k_proj": ..., "v_proj": ...}; {} for none
+KVSpec = Mapping[str, QuantSpec]
 
 
 def projection_names(model: nn.Module) -> list[str]:
