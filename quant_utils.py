@@ -4,16 +4,16 @@ Follow one tensor from top to bottom; the file is written in this order:
 
     h ── k_proj ── y [B,T,C] ── hook ── fake_quantize
                                           ├ sinks         y[:, :n] passes through untouched
-                                          ├ outlier_mask  bool [B,T,C], entries that stay exact
-                                          ├ inlier_range  lo, hi (over T for keys, over C for values)
+                                          ├ keep, lo, hi  which entries stay exact, and the range of the others
+                                          │               (over T for keys, over C for values; or calibrated)
                                           ├ snap          normalize → nearest level → stretch back
                                           └ where(keep, y, ŷ), in y's dtype ── RoPE ── attention ── logits ── NLL
 
 Every KV quantizer is three independent choices, and each published variant is a point in that grid:
 
-    which entries stay in full precision   outliers (dense-and-sparse), attention-sink tokens
-    which range the codebook stretches to  dynamic: that of this window, per channel or per token
-    which levels lie inside [-1, 1]        uniform, NormalFloat
+    which entries stay in full precision   outliers (dense-and-sparse), attention-sink tokens, a cap per token
+    which range the codebook stretches to  dynamic (this window) or calibrated (static), per channel or per token
+    which levels lie inside [-1, 1]        uniform, NormalFloat, k-means (NUQ); Q-Norm changes what they decode to
 
 Shapes: B batch, T tokens of a window, C = kv_heads * head_dim, L = 2**bits levels.
 Nothing is packed and no memory is saved: this measures the error of a quantized cache, not its speed.
@@ -23,28 +23,35 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import io
 import json
 import logging
 import math
 import os
+import pickle
 import random
 import re
 import sys
 import tempfile
 import time
 from argparse import Action, ArgumentDefaultsHelpFormatter, ArgumentParser, Namespace, RawDescriptionHelpFormatter
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
+from types import NoneType
+from typing import BinaryIO, ClassVar
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 PER_CHANNEL, PER_TOKEN = -2, -1  # the axis of [B,T,C] that one range is shared along
 UNQUANTIZED = 16  # --abits of the baseline
+CODEBOOKS = {"uniform": "uniform", "nf": "NormalFloat", "nuq": "NUQ"}
 
 # ----------------------------------------------------------------------------------------------------------------------
 # 1. Configuration: decided once, validated on construction, never mutated
@@ -54,34 +61,49 @@ class UserError(ValueError):
     """A mistake that the user can mend. The message is one line: it quotes the value and says what would be right."""
 
 
+def warn(message: str) -> None:
+    print(f"warning: {message}", file=sys.stderr)
+
+
 @dataclass(frozen=True)
 class QuantSpec:
     """How one projection's output is quantized.
 
     axis                PER_CHANNEL or PER_TOKEN
     bits                2..8
-    nf                  NormalFloat levels instead of uniform ones
+    codebook            uniform, nf (NormalFloat) or nuq (k-means, which needs calibration)
     include_sparse      keep outliers exact (dense-and-sparse, KVQuant, arXiv:2401.18079, section 3.4)
     sparsity_threshold  p in (0, 1]: the entries beyond the quantiles (1-p)/2 and 1-(1-p)/2 are outliers
     first_few_fp16      leading tokens of every window kept exact (attention sinks); -1 or 0 for none
+    clamp               round the zero point of uniform levels to an integer in 0..L-1, as integer kernels do
+    cap_outliers        at most this fraction of a token's entries stay exact (calibrated ranges only); None for all
     """
 
     axis: int
     bits: int = 4
-    nf: bool = False
+    codebook: str = "uniform"
     include_sparse: bool = False
     sparsity_threshold: float = 0.99
     first_few_fp16: int = -1
+    clamp: bool = False
+    cap_outliers: float | None = None
 
     def __post_init__(self):
         if self.axis not in (PER_CHANNEL, PER_TOKEN):
             raise ValueError(f"axis must be PER_CHANNEL ({PER_CHANNEL}) or PER_TOKEN ({PER_TOKEN}), got {self.axis}")
         if not 2 <= self.bits <= 8:
             raise UserError(f"bits must be in 2..8, got {self.bits}")
+        if self.codebook not in CODEBOOKS:
+            raise ValueError(f"codebook must be one of {', '.join(CODEBOOKS)}, got {self.codebook!r}")
         if not 0 < self.sparsity_threshold <= 1:
             raise UserError(f"sparsity_threshold must be in (0, 1], got {self.sparsity_threshold:g}: 0.99 keeps 1 %")
         if self.first_few_fp16 < -1:
             raise UserError(f"first_few_fp16 must be -1 (none) or a number of tokens, got {self.first_few_fp16}")
+        if self.clamp and self.codebook != "uniform":
+            raise UserError(f"clamp rounds the zero point of uniform levels; {CODEBOOKS[self.codebook]} has none")
+        if self.cap_outliers is not None and not (self.include_sparse and 0 < self.cap_outliers <= 1):
+            what = "must be in (0, 1]" if self.include_sparse else "caps nothing without include_sparse"
+            raise UserError(f"cap_outliers {what}, got {self.cap_outliers:g}: 0.01 keeps at most 1 % of a token")
 
     @property
     def sink_tokens(self) -> int:
@@ -89,12 +111,33 @@ class QuantSpec:
 
     def __str__(self) -> str:
         scale = "channel" if self.axis == PER_CHANNEL else "token"
-        parts = [f"{self.bits}-bit {'NormalFloat' if self.nf else 'uniform'} per {scale}"]
+        parts = [f"{self.bits}-bit {CODEBOOKS[self.codebook]}{' (integer zero point)' * self.clamp} per {scale}"]
         if self.include_sparse:
-            parts.append(f"outliers beyond {self.sparsity_threshold:g} exact")
+            cap = "" if self.cap_outliers is None else f" (at most {self.cap_outliers:g} of a token)"
+            parts.append(f"outliers beyond {self.sparsity_threshold:g} exact{cap}")
         if self.sink_tokens:
             parts.append(f"first {self.sink_tokens} token{'s' * (self.sink_tokens > 1)} exact")
         return ", ".join(parts)
+
+
+DATASETS = {
+    "wikitext2": "WikiText-2 raw test, joined by blank lines, in disjoint windows",
+    "c4": "C4 validation shard 0, one random window from each of up to 256 random documents (GPTQ protocol)",
+}
+TEXT_FILES = (".txt", ".jsonl", ".parquet")
+
+
+def check_dataset_name(name: str) -> None:
+    """Raise UserError unless name is in DATASETS or is a readable text file of a known kind."""
+    if name in DATASETS:
+        return
+    if not name.endswith(TEXT_FILES):
+        known = ", ".join(DATASETS)
+        raise UserError(f"unknown dataset {name!r}: give {known}, or a path that ends in {', '.join(TEXT_FILES)}")
+    if not Path(name).is_file():
+        raise UserError(f"text file {name!r} does not exist")
+    if not os.access(name, os.R_OK):
+        raise UserError(f"text file {name!r} cannot be read: check its permissions")
 
 
 @dataclass(frozen=True)
@@ -195,16 +238,87 @@ def normal_float_levels(bits: int) -> Tensor:
 
 def data_free_codebook(spec: QuantSpec) -> Codebook:
     """The codebook that spec names, where it needs no data."""
-    return Codebook.of(normal_float_levels(spec.bits) if spec.nf else uniform_levels(spec.bits))
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# 3. The math: tensors in, tensors out, no model in sight
+    if spec.codebook == "nuq":
+        raise UserError("a NUQ codebook is fitted to data: calibrate first, or choose uniform or NormalFloat levels")
+    return Codebook.of(normal_float_levels(spec.bits) if spec.codebook == "nf" else uniform_levels(spec.bits))
 
 
 def nearest_level(unit: Tensor, levels: Tensor) -> Tensor:
     """Index [...] of the level in sorted levels [L] nearest to each element of unit [...]; a tie takes the lower."""
     return torch.bucketize(unit, (levels[1:] + levels[:-1]) / 2)
+
+
+COARSE, FINE = 2048, 32  # k-means sees [-1, 1] as COARSE bins, each of FINE fine ones
+
+
+def weighted_histogram(unit: Tensor, weights: Tensor | None = None) -> Tensor:
+    """[2, COARSE * FINE] fp64: total weight and total weight * value of samples unit [N] in every bin of [-1, 1].
+
+    Histograms of parts add up to that of the whole. Samples outside [-1, 1] count in the outermost bins.
+    """
+    bins = COARSE * FINE
+    index = ((unit + 1) * (bins / 2)).long().clamp(0, bins - 1)
+    mass = torch.ones_like(unit, dtype=torch.float64) if weights is None else weights.double()
+    return torch.stack([index.bincount(each, minlength=bins) for each in (mass, mass * unit)])
+
+
+def kmeans_levels(histogram: Tensor, bits: int) -> Tensor:
+    """[L] centroids of the optimal weighted 1-D k-means over a weighted_histogram [2, COARSE * FINE].
+
+    In one dimension clusters are intervals, so dynamic programming finds the best L of them (Wang and Song, R Journal
+    2011): exactly, over the coarse bins. Lloyd steps over the fine bins then place the borders between bins. What is
+    maximized is the sum of moment**2 / mass over the intervals: the squared error is a constant less that.
+    No randomness; time and memory do not depend on the number of samples.
+    """
+    coarse = histogram.view(2, COARSE, FINE).sum(-1)
+    mass, moment = F.pad(coarse.cumsum(1), (1, 0))  # [COARSE + 1] each: totals left of every bin edge
+    interval_mass = mass[None, :] - mass[:, None]  # [from edge, to edge]
+    interval_moment = moment[None, :] - moment[:, None]
+    gain = interval_moment.square_() / interval_mass.clamp(min=torch.finfo(torch.float64).tiny)
+    gain.masked_fill_(gain.new_ones(gain.shape, dtype=torch.bool).tril(-1), -math.inf)  # no interval runs backwards
+    best, starts = gain[0], []  # best[e]: gain of the best cut of everything left of edge e
+    for _ in range(2**bits - 1):
+        best, start = (best[:, None] + gain).max(0)
+        starts.append(start)
+    edges = [COARSE]
+    for start in reversed(starts):
+        edges.append(start[edges[-1]].item())
+    edges = torch.tensor(edges[::-1], device=histogram.device) * FINE  # [L] upper edges of the intervals
+    return lloyd(histogram, edges).float()
+
+
+def lloyd(histogram: Tensor, edges: Tensor, steps: int = 100) -> Tensor:
+    """[L] fp64 centroids over histogram [2, N], after Lloyd steps from the intervals with upper edges [L]."""
+    bins = histogram.shape[1]
+    totals = F.pad(histogram.cumsum(1), (1, 0))  # [2, N + 1]
+    for _ in range(steps):
+        mass, moment = totals[:, edges].diff(dim=1, prepend=totals[:, :1])  # [L] each
+        middle = (edges + F.pad(edges[:-1], (1, 0))) / bins - 1  # stands in for the centroid of an empty interval
+        levels = torch.where(mass > 0, moment / mass, middle)
+        borders = ((levels[1:] + levels[:-1]) / 2 + 1) * (bins / 2)
+        moved = F.pad(borders.round().long(), (0, 1), value=bins)
+        if torch.equal(moved, edges):
+            break
+        edges = moved
+    return levels
+
+
+def q_norm(unit: Tensor, codebook: Codebook) -> Codebook:
+    """codebook with its decoded values scaled and shifted so that quantizing unit [N] keeps its mean and deviation.
+
+    This is Q-Norm of KVQuant (arXiv:2401.18079).
+    """
+    snapped = codebook.decode[nearest_level(unit, codebook.encode)].double()
+    unit = unit.double()
+    scale = unit.std(correction=0) / snapped.std(correction=0)
+    if not scale.isfinite():  # a single value: there is no deviation to keep
+        return codebook
+    shifted = (codebook.decode.double() - snapped.mean()) * scale + unit.mean()
+    return Codebook(codebook.encode, shifted.float())
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 3. The math: tensors in, tensors out, no model in sight
 
 
 def tail_quantiles(x: Tensor, threshold: float, axis: int) -> tuple[Tensor, Tensor]:
@@ -248,21 +362,87 @@ def snap(x: Tensor, lo: Tensor, hi: Tensor, codebook: Codebook) -> Tensor:
     return torch.lerp(lo, hi, (codebook.decode[nearest_level(unit, codebook.encode)] + 1) / 2)
 
 
-def fake_quantize(x: Tensor, spec: QuantSpec, codebook: Codebook) -> Tensor:
-    """x [B,T,C] quantized and dequantized with a dynamic range: the same shape and dtype, arithmetic in fp32.
+def cap_per_token(keep: Tensor, distance: Tensor, fraction: float) -> Tensor:
+    """keep [B,T,C] with at most fraction * C entries of a token left, those of the greatest distance [B,T,C]."""
+    most = int(fraction * keep.shape[-1])
+    far = distance.masked_fill(~keep, -math.inf).topk(most, dim=-1).indices
+    return keep & torch.zeros_like(keep).scatter(-1, far, True)
+
+
+def integer_zero_point(lo: Tensor, hi: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """(lo, hi) moved by less than a step so that zero is a level: the zero point is an integer in 0..L-1."""
+    step = (hi - lo) / (2**bits - 1)
+    zero_point = torch.where(step > 0, lo / step, 0).round().clamp(1 - 2**bits, 0)
+    moved = zero_point * step
+    return torch.where(step > 0, moved, lo), torch.where(step > 0, moved + (hi - lo), hi)
+
+
+@dataclass(frozen=True)
+class Quantizer:
+    """All that quantizes one projection's output: how, with which levels, and over which range.
+
+    lo, hi  calibrated range, [C]; None where the range is dynamic
+    """
+
+    spec: QuantSpec
+    codebook: Codebook
+    lo: Tensor | None = None
+    hi: Tensor | None = None
+
+    @property
+    def is_static(self) -> bool:
+        return self.lo is not None
+
+    def to(self, device: torch.device) -> Quantizer:
+        bounds = [None if bound is None else bound.to(device) for bound in (self.lo, self.hi)]
+        return Quantizer(self.spec, self.codebook.to(device), *bounds)
+
+
+def keep_and_range(y: Tensor, quantizer: Quantizer) -> tuple[Tensor, Tensor, Tensor]:
+    """(keep, lo, hi) for y [B,T,C]: which entries stay exact (bool [B,T,C]), and the range, broadcasting to y.
+
+    Dynamic: outliers are at or beyond the quantiles of y, and the range is that of the others.
+    Calibrated: the range is given, and outliers lie strictly outside; without outliers, the codebook clips to it.
+    """
+    spec = quantizer.spec
+    if not quantizer.is_static:
+        keep = outlier_mask(y, spec)
+        return keep, *inlier_range(y, keep, spec.axis)
+    lo, hi = quantizer.lo, quantizer.hi
+    if not spec.include_sparse:
+        return torch.zeros_like(y, dtype=torch.bool), lo, hi
+    keep = (y < lo) | (y > hi)
+    if spec.cap_outliers is not None:
+        keep = cap_per_token(keep, ((y - lo) / (hi - lo) - 0.5).abs(), spec.cap_outliers)
+    return keep, lo, hi
+
+
+def fake_quantize(x: Tensor, quantizer: Quantizer) -> Tensor:
+    """x [B,T,C] quantized and dequantized: the same shape and dtype, arithmetic in fp32.
 
     Sink tokens take no part: they come back as they are, and neither quantiles nor ranges see them.
     """
+    spec = quantizer.spec
     if x.ndim != 3:
         raise ValueError(f"fake_quantize takes [batch, tokens, channels], got a tensor of shape {tuple(x.shape)}")
     sinks, body = x[:, : spec.sink_tokens], x[:, spec.sink_tokens :]
     if body.numel() == 0:
         return x
     y = body.float()
-    keep = outlier_mask(y, spec)
-    lo, hi = inlier_range(y, keep, spec.axis)
-    snapped = snap(y, lo, hi, codebook).to(x.dtype)
+    keep, lo, hi = keep_and_range(y, quantizer)
+    if spec.clamp:
+        lo, hi = integer_zero_point(lo, hi, spec.bits)
+    snapped = snap(y, lo, hi, quantizer.codebook).to(x.dtype)
     return torch.cat([sinks, torch.where(keep, body, snapped)], dim=1)
+
+
+def token_nll(logits: Tensor, ids: Tensor, chunk: int = 1024) -> Tensor:
+    """[B, T-1] nats: the loss of ids[:, 1:] under logits [B,T,V], in fp32, chunk tokens at a time to bound memory."""
+    losses = []
+    for scores, target in zip(logits[:, :-1].split(chunk, dim=1), ids[:, 1:].split(chunk, dim=1), strict=True):
+        loss = F.cross_entropy(scores.float().flatten(0, 1), target.flatten(), reduction="none")  # [B * chunk]
+        losses.append(loss.view(target.shape))
+    return torch.cat(losses, dim=1)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -320,38 +500,442 @@ def hooked(sites: Mapping[str, nn.Module], transform: Callable[[str], Callable[[
             handle.remove()
 
 
-def simulate_quantization(model: nn.Module, specs: KVSpec):
+def dynamic_quantizers(model: nn.Module, specs: KVSpec) -> dict[str, Quantizer]:
+    """{site: Quantizer} with dynamic ranges and codebooks that need no data."""
+    chosen = {name: specs[name.rpartition(".")[2]] for name in find_sites(model, specs)}
+    return {name: Quantizer(spec, data_free_codebook(spec)) for name, spec in chosen.items()}
+
+
+def simulate_quantization(model: nn.Module, quantizers: Mapping[str, Quantizer]):
     """Context manager: inside it, model attends to the keys and values that a quantized cache would give back."""
-    sites = find_sites(model, specs)
+    sites = {name: model.get_submodule(name) for name in quantizers}
 
     def transform(name: str) -> Callable[[Tensor], Tensor]:
-        spec = specs[name.rpartition(".")[2]]
-        return partial(fake_quantize, spec=spec, codebook=data_free_codebook(spec).to(execution_device(sites[name])))
+        return partial(fake_quantize, quantizer=quantizers[name].to(execution_device(sites[name])))
 
     return hooked(sites, transform)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# 6. Model and text (5, calibration, comes with the calibrated script)
+# 5. Calibration: observe the projections on sample text, fit, save, load
 
-DATASETS = {
-    "wikitext2": "WikiText-2 raw test, joined by blank lines, in disjoint windows",
-    "c4": "C4 validation shard 0, one random window from each of up to 256 random documents (GPTQ protocol)",
+
+@dataclass(frozen=True)
+class CalibrationSpec:
+    """What static quantizers are fitted on, and how.
+
+    dataset   a name in DATASETS (its train split), or a text file
+    nsamples  windows; seqlen tokens each, cut at random places drawn with seed
+    fisher    weigh the NUQ fit: "paper" by F times the squared range of the entry's channel or token, because the error
+              is made in normalized units (KVQuant, arXiv:2401.18079, section 3.3); "code" by F alone, as the published
+              code does; None not at all. F is the squared gradient of the window's mean next-token loss
+    q_norm    let the decoded levels keep the inliers' mean and standard deviation (Q-Norm)
+    """
+
+    dataset: str = "wikitext2"
+    nsamples: int = 16
+    seqlen: int = 2048
+    seed: int = 0
+    fisher: str | None = None
+    q_norm: bool = False
+
+    def __post_init__(self):
+        if self.nsamples < 1:
+            raise UserError(f"nsamples must be at least 1, got {self.nsamples}")
+        check_dataset_name(self.dataset)
+        if self.fisher not in (None, "paper", "code"):
+            raise ValueError(f"fisher must be None, 'paper' or 'code', got {self.fisher!r}")
+
+
+@dataclass(frozen=True)
+class Fit:
+    """How well one calibrated quantizer does on its own calibration activations."""
+
+    lo: float
+    hi: float
+    kept: float  # share of entries that stay exact, sinks not counted
+    error: float  # sum of squared errors / sum of squares, sinks not counted
+
+
+def record_activations(model: nn.Module, sites: Mapping[str, nn.Module], windows: Tensor) -> dict[str, Tensor]:
+    """{site: [N,T,C]}: every site's output over windows [N,T], in host memory and the model's dtype."""
+    from tqdm import tqdm
+
+    count, seqlen = windows.shape
+    channels = {name: module.weight.shape[0] for name, module in sites.items()}
+    need, free = count * seqlen * sum(channels.values()) * model.dtype.itemsize, free_memory(torch.device("cpu"))
+    if need > free:
+        advice = f"{free / 2**30:.1f} GiB are free: lower nsamples (now {count}) or seqlen (now {seqlen})"
+        raise UserError(f"calibration activations take {need / 2**30:.1f} GiB of host memory, but {advice}")
+    seen = {name: torch.empty(count, seqlen, width, dtype=model.dtype) for name, width in channels.items()}
+
+    def keep_output(name: str) -> Callable[[Tensor], None]:
+        def on_output(out: Tensor) -> None:
+            seen[name][window].copy_(out[0])
+
+        return on_output
+
+    with torch.inference_mode(), hooked(sites, keep_output):
+        for window in tqdm(range(count), desc="calibrate: activations", unit="window", leave=False, disable=None):
+            model.base_model(input_ids=windows[window : window + 1].to(model.device), use_cache=False)
+    return seen
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that can still be had on device."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    import psutil
+
+    return psutil.virtual_memory().available
+
+
+def fit_range(x: Tensor, spec: QuantSpec) -> Quantizer:
+    """The quantizer of one projection from its outputs x [N,T,C], with a codebook that NUQ has yet to replace.
+
+    Per channel the range is calibrated: percentiles over all tokens of all windows but the sinks, or minimum and
+    maximum if no outliers are kept. Per token it stays dynamic.
+    """
+    codebook = Codebook.of(uniform_levels(spec.bits)) if spec.codebook == "nuq" else data_free_codebook(spec)
+    if spec.axis == PER_TOKEN:
+        return Quantizer(spec, codebook)
+    tokens = x[:, spec.sink_tokens :].flatten(0, 1).float()  # [N * (T - sinks), C]
+    threshold = spec.sparsity_threshold if spec.include_sparse else 1.0
+    lo, hi = tail_quantiles(tokens, threshold, axis=0)
+    return Quantizer(spec, codebook, lo[0], hi[0])
+
+
+def inliers(x: Tensor, quantizer: Quantizer) -> tuple[Tensor, Tensor, Tensor]:
+    """(unit, inlier, radius) for x [N,T,C] without its sinks: x in [-1, 1], which entries to fit, half the range.
+
+    Normalization is that of evaluation: values by the range of their token's inliers (the published calibration
+    takes the token's percentiles instead).
+    """
+    y = x[:, quantizer.spec.sink_tokens :].float()
+    keep, lo, hi = keep_and_range(y, quantizer)
+    radius = ((hi - lo) / 2).expand_as(y)
+    unit = (y - lo) / radius - 1
+    return unit.clamp(-1, 1), ~keep & (radius > 0), radius
+
+
+def nuq_histogram(x: Tensor, quantizer: Quantizer, grad: Tensor | None = None, weighting: str = "paper") -> Tensor:
+    """weighted_histogram of the inliers of x [N,T,C]: of weight 1, or of Fisher information from grad [N,T,C]."""
+    unit, inlier, radius = inliers(x, quantizer)
+    if grad is None:
+        return weighted_histogram(unit[inlier])
+    fisher = grad[:, quantizer.spec.sink_tokens :].float().square()[inlier].double()
+    return weighted_histogram(unit[inlier], fisher * radius[inlier] ** 2 if weighting == "paper" else fisher)
+
+
+def fisher_histograms(
+    model: nn.Module, windows: Tensor, quantizers: Mapping[str, Quantizer], weighting: str
+) -> dict[str, Tensor]:
+    """{site: nuq_histogram weighted by Fisher information}, window by window of windows [N,T]; no gradient is kept.
+
+    Only the sites' outputs require gradients, no parameter does: the first site starts the graph.
+    """
+    from tqdm import tqdm
+
+    sites = {name: model.get_submodule(name) for name in quantizers}
+    local = {name: quantizer.to(execution_device(sites[name])) for name, quantizer in quantizers.items()}
+    totals = dict.fromkeys(quantizers, 0)
+
+    def watch(name: str) -> Callable[[Tensor], Tensor]:
+        def on_output(out: Tensor) -> Tensor:
+            def on_gradient(grad: Tensor) -> None:
+                totals[name] = totals[name] + nuq_histogram(seen, local[name], grad / (out.shape[1] - 1), weighting)
+
+            seen = out.detach()
+            out = out if out.requires_grad else seen.requires_grad_()
+            out.register_hook(on_gradient)
+            return out
+
+        return on_output
+
+    with torch.enable_grad(), checkpointing_if_short(model, windows.shape[1]), hooked(sites, watch):
+        for ids in tqdm(windows, desc="calibrate: Fisher information", unit="window", leave=False, disable=None):
+            ids = ids[None].to(model.device)
+            token_nll(model(input_ids=ids, use_cache=False).logits, ids).sum().backward()
+    return totals
+
+
+@contextmanager
+def checkpointing_if_short(model: nn.Module, tokens: int) -> Iterator[bool]:
+    """Inside the block decoder layers recompute their activations for the backward pass, if memory is short.
+
+    An estimate decides: the activations that a layer saves, 12 times its width and 4 times that of its MLP a token.
+    """
+    config = model.config.get_text_config()
+    width = 12 * config.hidden_size + 4 * getattr(config, "intermediate_size", 4 * config.hidden_size)
+    need = config.num_hidden_layers * tokens * width * model.dtype.itemsize
+    short = need > free_memory(model.device) / 2
+    layers = [module for module in model.modules() if hasattr(module, "gradient_checkpointing")] if short else []
+    if short:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    for layer in layers:
+        layer.training = True  # of the layer alone: checkpointing asks for it, while dropout inside stays off
+    try:
+        yield short
+    finally:
+        for layer in layers:
+            layer.training = False
+        if short:
+            model.gradient_checkpointing_disable()
+
+
+def calibrate(
+    model: nn.Module, windows: Tensor, specs: KVSpec, calibration: CalibrationSpec
+) -> dict[str, tuple[Quantizer, Fit]]:
+    """{site: (quantizer, how well it fits)} for every site that specs names, from windows [N,T] of sample text.
+
+    The activations of all windows wait in host memory and are fitted one projection at a time on its own device.
+    """
+    sites = find_sites(model, specs)
+    seen = record_activations(model, sites, windows)
+
+    def activations(name: str) -> Tensor:
+        return seen[name].to(execution_device(sites[name]))
+
+    quantizers = {name: fit_range(activations(name), specs[name.rpartition(".")[2]]) for name in sites}
+    to_fit = {name: quantizer for name, quantizer in quantizers.items() if quantizer.spec.codebook == "nuq"}
+    histograms = fisher_histograms(model, windows, to_fit, calibration.fisher) if calibration.fisher else {}
+    fitted = {}
+    for name, quantizer in quantizers.items():
+        x = activations(name)
+        codebook = quantizer.codebook
+        if name in to_fit:
+            histogram = histograms[name] if name in histograms else nuq_histogram(x, quantizer)
+            codebook = Codebook.of(kmeans_levels(histogram, quantizer.spec.bits))
+        if calibration.q_norm:
+            unit, inlier, _ = inliers(x, quantizer)
+            codebook = q_norm(unit[inlier], codebook.to(x.device))
+        quantizer = replace(quantizer, codebook=codebook).to(x.device)
+        fitted[name] = quantizer.to(torch.device("cpu")), measure_fit(x, quantizer)
+    return fitted
+
+
+def measure_fit(x: Tensor, quantizer: Quantizer) -> Fit:
+    """How well quantizer reproduces x [N,T,C]."""
+    y = x[:, quantizer.spec.sink_tokens :].float()
+    keep, lo, hi = keep_and_range(y, quantizer)
+    error = (fake_quantize(x, quantizer)[:, quantizer.spec.sink_tokens :].float() - y).square().sum(dtype=torch.float64)
+    finite = lo.isfinite() & hi.isfinite()  # a token whose entries are all kept has no range
+    return Fit(
+        lo=lo[finite].min().item() if finite.any() else 0.0,
+        hi=hi[finite].max().item() if finite.any() else 0.0,
+        kept=keep.float().mean(dtype=torch.float64).item(),
+        error=(error / y.square().sum(dtype=torch.float64).clamp(min=1e-30)).item(),
+    )
+
+
+def check_writable(path: str) -> None:
+    """Raise UserError unless write_json(path, ...) will be able to write, whether or not the file exists."""
+    target = Path(path).resolve()
+    try:
+        if target.exists() and not target.is_file():
+            raise UserError(f"output {path!r} is not a regular file: give a file name")
+        if target.exists() and not os.access(target, os.W_OK):
+            raise UserError(f"output {path!r} is write-protected: give another name")
+        with tempfile.TemporaryFile(dir=target.parent):
+            pass
+    except OSError as error:
+        raise UserError(
+            f"output {path!r} cannot be written ({error.strerror}): give a file in a writable folder"
+        ) from error
+
+
+def write_atomically(path: str, write: Callable[[BinaryIO], None]) -> None:
+    """Let write fill a file beside path and put it in its place: a reader finds the old file or the whole new one."""
+    target = Path(path).resolve()
+    unfinished = target.with_name(f".{target.name}.{os.getpid()}.partial")
+    try:
+        with open(unfinished, "xb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(unfinished, target)
+    except OSError as error:
+        raise UserError(f"{path!r} could not be written ({error.strerror}): what stood there is untouched") from error
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+FILE_FORMAT, FILE_VERSION = "kvquant simulation: calibrated quantizers", 1
+
+
+def save_calibration(path: str, quantizers: Mapping[str, Quantizer], record: Mapping) -> None:
+    """Write plain dicts and tensors, atomically: the quantizers, and record, which says how they were made.
+
+    record holds "model" {"name", "channels" {site: C}}, "settings" and "calibration" (flags), and "versions".
+    """
+    tensors = {
+        name: {"encode": q.codebook.encode, "decode": q.codebook.decode, "lo": q.lo, "hi": q.hi}
+        for name, q in quantizers.items()
+    }
+    data = {"format": FILE_FORMAT, "format_version": FILE_VERSION, **record, "quantizers": tensors}
+    write_atomically(path, lambda file: torch.save(data, file))
+
+
+def versions() -> dict[str, str]:
+    """Of Python and the libraries that the figures depend on."""
+    packages = ("torch", "transformers", "datasets", "accelerate", "numpy")
+    return {"python": sys.version.split()[0]} | {name: importlib.metadata.version(name) for name in packages}
+
+
+def provenance(model: nn.Module, name: str, settings: Mapping, seqlen: int) -> dict:
+    """What a quantizer file says of its making: the model and its shape, the flags, the versions."""
+    sites = find_sites(model, dict.fromkeys(settings["perchannel"] + settings["pertoken"]))
+    channels = {site: module.weight.shape[0] for site, module in sites.items()}
+    shape = {"name": name, "type": model.config.model_type, "channels": channels}
+    return {"model": shape, "settings": dict(settings), "calibration": {"seqlen": seqlen}, "versions": versions()}
+
+
+SETTING_TYPES = {
+    **dict.fromkeys(("perchannel", "pertoken"), list),
+    **dict.fromkeys(("include_sparse", "nf", "nuq", "norm", "clamp", "fisher"), bool),
+    **dict.fromkeys(("abits", "first_few_fp16", "nsamples", "seed"), int),
+    **dict.fromkeys(("fisher_weighting", "calib_dataset"), str),
+    **dict.fromkeys(("sparsity_threshold", "cap_outliers"), (int, float, NoneType)),
 }
-TEXT_FILES = (".txt", ".jsonl", ".parquet")
 
 
-def check_dataset_name(name: str) -> None:
-    """Raise UserError unless name is in DATASETS or is a readable text file of a known kind."""
-    if name in DATASETS:
-        return
-    if not name.endswith(TEXT_FILES):
-        known = ", ".join(DATASETS)
-        raise UserError(f"unknown dataset {name!r}: give {known}, or a path that ends in {', '.join(TEXT_FILES)}")
-    if not Path(name).is_file():
-        raise UserError(f"text file {name!r} does not exist")
-    if not os.access(name, os.R_OK):
-        raise UserError(f"text file {name!r} cannot be read: check its permissions")
+def load_calibration(path: str) -> dict:
+    """What save_calibration wrote, or the same made from a file in KVQuant's own format. Nothing in it is executed.
+
+    Raises UserError for a file that is absent, damaged, of a later version, or holds anything but data.
+    """
+    try:
+        head = Path(path).read_bytes()[:2]
+    except OSError as error:
+        raise UserError(
+            f"quantizer file {path!r} cannot be read ({error.strerror}): make it with --calibrate"
+        ) from error
+    try:
+        if head != b"PK":  # torch.save writes a zip archive
+            return read_kvquant(path)
+        data = torch.load(path, weights_only=True, map_location="cpu")
+        known = isinstance(data, dict) and data.get("format") == FILE_FORMAT
+        version = data["format_version"] if known else 0
+        if version == FILE_VERSION:
+            for name, value in data["settings"].items():
+                if not isinstance(value, SETTING_TYPES[name]):
+                    raise ValueError(f"{name} is {value!r}")
+    except Exception as error:  # a damaged archive or pickle can raise anything
+        reason = f"{type(error).__name__}: {error}".partition("\n")[0]
+        raise UserError(f"quantizer file {path!r} is damaged, or holds more than data ({reason[:120]})") from error
+    if not known:
+        raise UserError(f"{path!r} is no quantizer file: make one with --calibrate")
+    if version != FILE_VERSION:
+        raise UserError(f"quantizer file {path!r} has format version {version}; this program reads {FILE_VERSION}")
+    return data
+
+
+class TensorUnpickler(pickle.Unpickler):
+    """Reads pickles of torch tensors and numpy arrays in plain containers, and refuses to resolve any other name."""
+
+    ADMITTED: ClassVar = {
+        "collections.OrderedDict": OrderedDict,
+        "torch._utils._rebuild_tensor_v2": torch._utils._rebuild_tensor_v2,
+        "torch.storage._load_from_bytes": lambda data: torch.load(
+            io.BytesIO(data), weights_only=True, map_location="cpu"
+        ),
+        "numpy.ndarray": np.ndarray,
+        "numpy.dtype": np.dtype,
+        "numpy._core.multiarray._reconstruct": np.empty(0).__reduce__()[0],
+        "numpy._core.multiarray.scalar": np.float32(0).__reduce__()[0],
+        "numpy._core.numeric._frombuffer": np.empty(1).__reduce_ex__(5)[0],
+        "_codecs.encode": lambda text, encoding: text.encode("latin1"),  # bytes, as protocol 2 writes them
+    }
+
+    def find_class(self, module: str, name: str):
+        full = f"{module}.{name}".replace("numpy.core.", "numpy._core.")
+        if full not in self.ADMITTED:
+            raise pickle.UnpicklingError(f"it asks for {full}, which is neither a tensor nor an array")
+        return self.ADMITTED[full]
+
+
+def read_kvquant(path: str) -> dict:
+    """A quantizer file as KVQuant's calibration writes it, in the form of load_calibration.
+
+    {"model.layers.I.self_attn.k_proj": (upper, lower[, [centroids][, normscale, normoffset]])}: upper and lower are
+    [1,C] for keys; for values, whose range is dynamic, they are ignored. It names bits and codebook for NUQ only.
+    """
+    with open(path, "rb") as file:
+        published = TensorUnpickler(file).load()
+    quantizers, settings = {}, {}
+    for name, (upper, lower, *rest) in published.items():
+        levels = torch.as_tensor(rest[0][0]).flatten().float().sort().values if rest else None
+        decode = levels
+        if len(rest) == 3:
+            decode = (levels.double() * float(rest[1]) + float(rest[2])).float()
+        bounds = {"hi": torch.as_tensor(upper).flatten().float(), "lo": torch.as_tensor(lower).flatten().float()}
+        quantizers[name] = {"encode": levels, "decode": decode, **bounds}
+        settings = {"nuq": levels is not None, "norm": len(rest) == 3}
+        if levels is not None:
+            settings["abits"] = len(levels).bit_length() - 1
+    return {"model": None, "settings": settings, "calibration": {}, "quantizers": quantizers}
+
+
+def export_kvquant(path: str, quantizers: Mapping[str, Quantizer]) -> None:
+    """Write quantizers as read_kvquant reads them, a plain pickle of tensors and arrays, atomically."""
+    published = {}
+    for name, q in quantizers.items():
+        one = torch.ones(1, 1)
+        entry = (q.hi[None], q.lo[None]) if q.is_static else (one, -one)  # [1,C]
+        if q.spec.codebook == "nuq":
+            encode, decode = q.codebook.encode.double(), q.codebook.decode.double()
+            entry += ([q.codebook.encode[:, None].numpy()],)
+            if not torch.equal(encode, decode):
+                scale = (decode[-1] - decode[0]) / (encode[-1] - encode[0])
+                entry += (scale, decode[0] - scale * encode[0])
+        published[name] = entry
+    write_atomically(path, lambda file: pickle.dump(published, file))
+
+
+def stored_quantizers(path: str, data: Mapping, model: nn.Module, specs: KVSpec) -> dict[str, Quantizer]:
+    """{site: Quantizer} from load_calibration's data, checked against the sites that model has and specs name.
+
+    Raises UserError if a site is missing or of another width, or if what is stored is no usable quantizer.
+    """
+    quantizers = {}
+    for name, module in find_sites(model, specs).items():
+        spec = specs[name.rpartition(".")[2]]
+        stored = data["quantizers"].get(name)
+        if stored is None:
+            raise UserError(f"quantizer file {path!r} has nothing for {name}: it was made for another model")
+        lo, hi = (stored["lo"], stored["hi"]) if spec.axis == PER_CHANNEL else (None, None)
+        codebook = (
+            data_free_codebook(spec) if stored["encode"] is None else Codebook(stored["encode"], stored["decode"])
+        )
+        width, expected = None if lo is None else len(lo), module.weight.shape[0]
+        if data["model"]:
+            width = data["model"]["channels"][name]
+        if width not in (None, expected):
+            raise UserError(f"quantizer file {path!r} has {width} channels for {name}, where this model has {expected}")
+        check_quantizer(path, name, quantizer := Quantizer(spec, codebook, lo, hi))
+        quantizers[name] = quantizer
+    surplus = [name for name in data["quantizers"] if name not in quantizers and name.rpartition(".")[2] in specs]
+    if surplus:
+        raise UserError(
+            f"quantizer file {path!r} has {surplus[0]}, which this model lacks: it was made for another model"
+        )
+    return quantizers
+
+
+def check_quantizer(path: str, name: str, quantizer: Quantizer) -> None:
+    """Raise UserError unless the tensors that were read are finite, and of the shape and order that snap needs."""
+    encode, decode, lo, hi = quantizer.codebook.encode, quantizer.codebook.decode, quantizer.lo, quantizer.hi
+    sound = all(t.dtype == torch.float32 and t.ndim == 1 and t.isfinite().all() for t in (encode, decode))
+    sound = sound and len(encode) == len(decode) == 2**quantizer.spec.bits and bool((encode.diff() >= 0).all())
+    if sound and quantizer.is_static:
+        sound = all(t.dtype == torch.float32 and t.ndim == 1 and t.isfinite().all() for t in (lo, hi))
+        sound = sound and lo.shape == hi.shape and bool((lo <= hi).all())
+    if not sound:
+        raise UserError(f"quantizer file {path!r} has no usable {quantizer.spec.bits}-bit quantizer for {name}")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 6. Model and text
 
 
 @contextmanager
@@ -429,7 +1013,7 @@ def load_model(spec: ModelSpec, config) -> nn.Module:
         model = AutoModelForCausalLM.from_pretrained(
             spec.name, config=config, dtype=dtype, device_map=device, attn_implementation=attention
         )
-    return model.eval()
+    return model.eval().requires_grad_(False)
 
 
 def read_text_file(path: str) -> list[str]:
@@ -464,18 +1048,18 @@ def jsonl_text(path: str, number: int, line: str) -> str:
     return row["text"]
 
 
-def load_documents(name: str) -> list[str]:
-    """The evaluation documents of a dataset in DATASETS, or of a text file."""
+def load_documents(name: str, split: str = "test") -> list[str]:
+    """The documents of a dataset in DATASETS, its "test" or its "train" split, or of a text file."""
     if name not in DATASETS:
         return read_text_file(name)
     from datasets import load_dataset
 
     with one_line_errors(f"dataset {name!r}"):
         if name == "wikitext2":
-            rows = load_dataset("Salesforce/wikitext", "wikitext-2-raw-v1", split="test")
+            rows = load_dataset("Salesforce/wikitext", "wikitext-2-raw-v1", split=split)
         else:
-            shard = {"validation": "en/c4-validation.00000-of-00008.json.gz"}
-            rows = load_dataset("allenai/c4", data_files=shard, split="validation")
+            shard = "c4-train.00000-of-01024" if split == "train" else "c4-validation.00000-of-00008"
+            rows = load_dataset("allenai/c4", data_files={split: f"en/{shard}.json.gz"}, split=split)
     return rows[:]["text"]
 
 
@@ -490,13 +1074,15 @@ def disjoint_windows(ids: Tensor, seqlen: int) -> Tensor:
     return ids[: count * seqlen].view(count, seqlen)
 
 
-def sample_documents(documents: Sequence[str], encode: Callable[[str], Tensor], seqlen: int, count: int) -> Tensor:
+def sample_documents(
+    documents: Sequence[str], encode: Callable[[str], Tensor], seqlen: int, count: int, seed: int = 0
+) -> Tensor:
     """[count, seqlen]: one random window from each of count random documents longer than seqlen tokens.
 
-    The protocol of GPTQ and KVQuant for C4, draw for draw (random.seed(0)), so the figures compare with theirs.
+    The protocol of GPTQ and KVQuant for C4, draw for draw (random.seed), so the figures compare with theirs.
     A document of fewer bytes than seqlen is passed over without being tokenized; it cannot hold that many tokens.
     """
-    rng, long, short = random.Random(0), {}, set()
+    rng, long, short = random.Random(seed), {}, set()
     windows = []
     while len(windows) < count:
         if len(short) == len(documents):
@@ -526,6 +1112,32 @@ def load_windows(name: str, tokenizer, spec: EvalSpec) -> Tensor:
     return disjoint_windows(ids, spec.seqlen)[: spec.limit]
 
 
+def sample_windows(ids: Tensor, seqlen: int, count: int, seed: int) -> Tensor:
+    """[count, seqlen] random windows of ids [N], N > seqlen, drawn as GPTQ and KVQuant draw their calibration text."""
+    rng = random.Random(seed)
+    starts = [rng.randint(0, len(ids) - seqlen - 1) for _ in range(count)]
+    return torch.stack([ids[start : start + seqlen] for start in starts])
+
+
+def load_calibration_windows(tokenizer, spec: CalibrationSpec) -> Tensor:
+    """[nsamples, seqlen] ids of the calibration text."""
+    documents = load_documents(spec.dataset, "train")
+    encode = partial(tokenize, tokenizer)
+    if spec.dataset == "c4":
+        return sample_documents(documents, encode, spec.seqlen, spec.nsamples, spec.seed)
+    ids = encode("\n\n".join(documents))
+    if len(ids) <= spec.seqlen:
+        raise UserError(f"{spec.dataset} has {len(ids)} tokens, too few to cut windows of {spec.seqlen}: lower seqlen")
+    return sample_windows(ids, spec.seqlen, spec.nsamples, spec.seed)
+
+
+def warn_if_too_long(config, seqlen: int) -> None:
+    """Warn if a window of seqlen tokens exceeds the positions that a model of this config was made for."""
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if positions and seqlen > positions:
+        warn(f"seqlen {seqlen} exceeds the {positions} positions that the model was made for")
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # 7. Evaluation: a model and windows in, numbers out; it knows nothing of the method
 
@@ -541,15 +1153,6 @@ class Result:
     windows: int
     tokens: int
     seconds: float
-
-
-def token_nll(logits: Tensor, ids: Tensor, chunk: int = 1024) -> Tensor:
-    """[B, T-1] nats: the loss of ids[:, 1:] under logits [B,T,V], in fp32, chunk tokens at a time to bound memory."""
-    losses = []
-    for scores, target in zip(logits[:, :-1].split(chunk, dim=1), ids[:, 1:].split(chunk, dim=1), strict=True):
-        loss = F.cross_entropy(scores.float().flatten(0, 1), target.flatten(), reduction="none")  # [B * chunk]
-        losses.append(loss.view(target.shape))
-    return torch.cat(losses, dim=1)
 
 
 @torch.inference_mode()
@@ -620,48 +1223,62 @@ def table_row(result: Result, header: str) -> str:
     return result.dataset.ljust(len(header) - len(cells)) + cells
 
 
+def fit_table(fits: Mapping[str, Fit]) -> str:
+    """A line for every calibrated projection: its range, the share kept exact, its relative squared error."""
+    width = max(map(len, fits))
+    lines = [
+        "projection".ljust(width) + "".join(title.rjust(12) for title in ("lowest", "highest", "kept", "rel. error"))
+    ]
+    for name, fit in fits.items():
+        lines.append(f"{name:<{width}}{fit.lo:12.4f}{fit.hi:12.4f}{fit.kept:12.3%}{fit.error:12.6f}")
+    return "\n".join(lines)
+
+
+def print_results(model: nn.Module, windows: Mapping[str, Tensor], abits: int, batch_size: int) -> list[Result]:
+    """Measure model, as it is hooked now, on the windows of every dataset; a row of the table each as it is done."""
+    header, results = table_header(windows), []
+    print(header, flush=True)
+    for dataset, ids in windows.items():
+        results.append(measure(model, ids, dataset, abits, batch_size))
+        print(table_row(results[-1], header), flush=True)
+    return results
+
+
+def print_settings(model: nn.Module, name: str, text: EvalSpec, specs: KVSpec) -> None:
+    """Below the table: what was measured, on which text, quantized how."""
+    how = f"{dtype_name(model)} on {model.device}, {model.config._attn_implementation} attention"
+    print(f"\n{name}: {how}, windows of {text.seqlen} tokens")
+    for dataset in text.datasets:
+        print(f"{dataset}: {DATASETS.get(dataset, 'documents joined by blank lines, in disjoint windows')}")
+    for projection, spec in specs.items():
+        print(f"{projection}: {spec}")
+
+
+def report(script: str, args: Namespace, model: nn.Module, results: Iterable[Result]) -> dict:
+    """What --output writes: every flag's resolved value, the environment, the results."""
+    settings = {name: value for name, value in vars(args).items() if name != "model"}
+    settings |= {"dtype": dtype_name(model), "device": str(model.device)}
+    settings |= {"attn_implementation": model.config._attn_implementation}
+    return {"script": Path(script).name, "model": args.model, "settings": settings} | {
+        "environment": environment(model),
+        "results": [asdict(result) for result in results],
+    }
+
+
 def environment(model: nn.Module) -> dict:
     """What a figure depends on besides the settings: versions, device, dtype."""
-    packages = ("torch", "transformers", "datasets", "accelerate", "numpy")
-    versions = {"python": sys.version.split()[0]} | {name: importlib.metadata.version(name) for name in packages}
-    device = model.device
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-    return {"versions": versions, "device": str(device), "device_name": name, "dtype": dtype_name(model)}
+    name = torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else "cpu"
+    return {"versions": versions(), "device": str(model.device), "device_name": name, "dtype": dtype_name(model)}
 
 
 def dtype_name(model: nn.Module) -> str:
     return str(model.dtype).removeprefix("torch.")
 
 
-def check_writable(path: str) -> None:
-    """Raise UserError unless write_json(path, ...) will be able to write, whether or not the file exists."""
-    target = Path(path).resolve()
-    try:
-        if target.exists() and not target.is_file():
-            raise UserError(f"output {path!r} is not a regular file: give a file name")
-        if target.exists() and not os.access(target, os.W_OK):
-            raise UserError(f"output {path!r} is write-protected: give another name")
-        with tempfile.TemporaryFile(dir=target.parent):
-            pass
-    except OSError as error:
-        raise UserError(
-            f"output {path!r} cannot be written ({error.strerror}): give a file in a writable folder"
-        ) from error
-
-
 def write_json(path: str, data: Mapping) -> None:
-    """Write data to path atomically: a reader, or an interruption, finds the old file or the whole new one."""
-    target = Path(path).resolve()
-    partial_file = target.with_name(f".{target.name}.{os.getpid()}.partial")
-    try:
-        partial_file.write_text(
-            json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8"
-        )
-        os.replace(partial_file, target)
-    except OSError as error:
-        raise UserError(f"output {path!r} could not be written: {error.strerror}") from error
-    finally:
-        partial_file.unlink(missing_ok=True)
+    """Write data to path atomically."""
+    text = json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    write_atomically(path, lambda file: file.write(text.encode()))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -748,23 +1365,59 @@ def add_output_flags(parser: ArgumentParser) -> None:
     flag("--output", metavar="FILE", help="write settings, environment and results as JSON")
 
 
+def add_calibration_flags(parser: ArgumentParser) -> None:
+    """What the calibrated script adds: the file, the codebook and its fit, the calibration text."""
+    flag = parser.add_argument_group("calibration").add_argument
+    flag("--calibrate", action="store_true", help="fit quantizers and save them; without it, evaluate saved ones")
+    flag("--quantizer_path", metavar="FILE", help="the quantizer file, ours (.pkl) or KVQuant's own")
+    flag("--export_kvquant", metavar="FILE", help="also write the quantizers in KVQuant's own format")
+    flag("--nuq", action="store_true", help="non-uniform levels, fitted by k-means")
+    flag("--fisher", action="store_true", help="with --nuq, weigh the fit by Fisher information")
+    flag("--fisher_weighting", default="paper", choices=["paper", "code"],
+         help="F times the squared range (paper), or F alone (published code)")  # fmt: skip
+    flag("--norm", action="store_true", help="Q-Norm: decoded levels keep mean and deviation")
+    flag("--clamp", action="store_true", help="uniform levels with an integer zero point")
+    flag("--cap_outliers", type=float, metavar="F", help="at most this fraction of a token's keys stays exact")
+    flag("--calib_dataset", default="wikitext2", metavar="NAME", help="wikitext2, c4 or a text file")
+    flag("--nsamples", type=int, default=16, metavar="N", help="calibration windows of --seqlen tokens")
+    flag("--seed", type=int, default=0, metavar="N", help="of the calibration windows' places")
+
+
 def kv_spec(args: Namespace) -> KVSpec:
     """{projection: QuantSpec} from the quantization flags; {} at 16 bits."""
     if both := set(args.perchannel) & set(args.pertoken):
         raise UserError(f"{', '.join(sorted(both))} stands in both --perchannel and --pertoken: give it one scale")
     if 0 < args.seqlen <= args.first_few_fp16:
         raise UserError(f"first_few_fp16 {args.first_few_fp16} covers the whole window of seqlen {args.seqlen}")
-    axes = dict.fromkeys(args.perchannel, PER_CHANNEL) | dict.fromkeys(args.pertoken, PER_TOKEN)
-    shared = {name: getattr(args, name) for name in ("nf", "include_sparse", "sparsity_threshold", "first_few_fp16")}
-    bits = min(args.abits, 8)
-    specs = {name: QuantSpec(axis, bits, **shared) for name, axis in axes.items()}  # made at 16 bits too: it validates
+    nuq, cap = getattr(args, "nuq", False), getattr(args, "cap_outliers", None)
+    if nuq and args.nf:
+        raise UserError("--nf and --nuq each name a codebook: give one of them")
+    shared = {name: getattr(args, name) for name in ("include_sparse", "sparsity_threshold", "first_few_fp16")}
+    shared |= {"codebook": "nuq" if nuq else "nf" if args.nf else "uniform", "clamp": getattr(args, "clamp", False)}
+    bits = min(args.abits, 8)  # the specs are made at 16 bits too: that validates them
+    specs = {name: QuantSpec(PER_CHANNEL, bits, cap_outliers=cap, **shared) for name in args.perchannel}
+    specs |= {name: QuantSpec(PER_TOKEN, bits, **shared) for name in args.pertoken}
     if args.sparsity_threshold != 0.99 and not args.include_sparse:
         warn(f"--sparsity_threshold {args.sparsity_threshold:g} has no effect without --include_sparse")
     return specs if args.abits != UNQUANTIZED else {}
 
 
-def warn(message: str) -> None:
-    print(f"warning: {message}", file=sys.stderr)
+def eval_spec(args: Namespace) -> EvalSpec:
+    """From the text flags."""
+    return EvalSpec(tuple(args.datasets), args.seqlen, args.limit, args.batch_size)
+
+
+def model_spec(args: Namespace) -> ModelSpec:
+    """From the model flags."""
+    return ModelSpec(args.model, args.dtype, args.device, args.attn_implementation)
+
+
+def calibration_spec(args: Namespace) -> CalibrationSpec:
+    """From the calibration flags."""
+    if args.fisher and not args.nuq:
+        raise UserError("--fisher weighs the fit of a NUQ codebook: add --nuq, or leave it out")
+    weighting = args.fisher_weighting if args.fisher else None
+    return CalibrationSpec(args.calib_dataset, args.nsamples, args.seqlen, args.seed, weighting, args.norm)
 
 
 def run(main: Callable[[], None]) -> int:

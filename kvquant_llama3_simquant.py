@@ -1,0 +1,117 @@
+#!/usr/bin/env python3
+"""What a KVQuant KV cache costs a Llama-style model in perplexity: calibrate once, then evaluate.
+
+With --calibrate, ranges of the keys and, with --nuq, codebooks of keys and values are fitted on sample text and saved
+to --quantizer_path. Without it they are read from there, with every quantization setting that the command leaves out.
+Quantization is simulated: this measures accuracy, and saves neither memory nor time.
+"""
+
+import shlex
+import sys
+from argparse import Namespace
+
+import quant_utils as qu
+
+EXAMPLES = """examples:
+  %(prog)s meta-llama/Llama-3-8B --calibrate --abits 3 --nuq --fisher --include_sparse --quantizer_path nuq3.pkl
+  %(prog)s meta-llama/Llama-3-8B --quantizer_path nuq3.pkl --datasets wikitext2,c4 --output nuq3.json
+  %(prog)s meta-llama/Llama-3-8B --abits 16     the unquantized baseline
+"""
+QUANTIZATION = (
+    "abits", "perchannel", "pertoken", "include_sparse", "sparsity_threshold", "first_few_fp16", "nf", "nuq",
+    "norm", "clamp", "cap_outliers",
+)  # fmt: skip
+CALIBRATION = ("fisher", "fisher_weighting", "calib_dataset", "nsamples", "seed")
+
+
+def parse_args() -> tuple[Namespace, dict]:
+    """(every flag with its default, the settings of QUANTIZATION and CALIBRATION that the command line gives)."""
+    parser = qu.Parser(description=__doc__, epilog=EXAMPLES)
+    qu.add_model_flags(parser)
+    qu.add_quantization_flags(parser)
+    qu.add_calibration_flags(parser)
+    qu.add_text_flags(parser)
+    qu.add_output_flags(parser)
+    absent = object()
+    args = parser.parse_args(namespace=Namespace(**dict.fromkeys(QUANTIZATION + CALIBRATION, absent)))
+    given = {
+        name: value for name, value in vars(args).items() if name in QUANTIZATION + CALIBRATION and value is not absent
+    }
+    for name in set(QUANTIZATION + CALIBRATION) - set(given):
+        setattr(args, name, parser.get_default(name))
+    return args, given
+
+
+def take_stored_settings(args: Namespace, given: dict, stored: dict) -> None:
+    """Set what the command line leaves out to what the quantizer file says; refuse a contradiction."""
+    for name, value in stored.items():
+        if name in given and given[name] != value:
+            stands = f"{args.quantizer_path!r} was calibrated with {name} {value}"
+            raise qu.UserError(f"--{name} {given[name]} contradicts the file: {stands}; leave the flag out")
+        if name in QUANTIZATION + CALIBRATION:
+            setattr(args, name, value)
+
+
+def calibrate(args: Namespace) -> None:
+    specs, which, how = qu.kv_spec(args), qu.model_spec(args), qu.calibration_spec(args)
+    if not specs:
+        raise qu.UserError("--calibrate has nothing to fit with --abits 16, or without --perchannel and --pertoken")
+    if not args.quantizer_path:
+        raise qu.UserError("--calibrate needs --quantizer_path FILE to save the quantizers to")
+    for path in filter(None, (args.quantizer_path, args.export_kvquant, args.output)):
+        qu.check_writable(path)
+
+    qu.quiet_libraries()
+    config, tokenizer = qu.load_config_and_tokenizer(which.name)
+    qu.warn_if_too_long(config, how.seqlen)
+    windows = qu.load_calibration_windows(tokenizer, how)
+    model = qu.load_model(which, config)
+
+    fitted = qu.calibrate(model, windows, specs, how)
+    quantizers = {name: quantizer for name, (quantizer, _) in fitted.items()}
+    settings = {name: getattr(args, name) for name in QUANTIZATION + CALIBRATION}
+    qu.save_calibration(args.quantizer_path, quantizers, qu.provenance(model, which.name, settings, how.seqlen))
+    if args.export_kvquant:
+        qu.export_kvquant(args.export_kvquant, quantizers)
+    print(qu.fit_table({name: fit for name, (_, fit) in fitted.items()}))
+    command = [sys.executable, sys.argv[0], which.name, "--quantizer_path", args.quantizer_path]
+    print(f"\nTo evaluate:\n{shlex.join(['python3', *command[1:]])} --datasets wikitext2")
+
+
+def evaluate(args: Namespace, given: dict) -> None:
+    stored = None
+    if args.abits != qu.UNQUANTIZED:
+        if not args.quantizer_path:
+            raise qu.UserError("--quantizer_path FILE is missing: make one with --calibrate, or give --abits 16")
+        stored = qu.load_calibration(args.quantizer_path)
+        take_stored_settings(args, given, stored["settings"])
+    specs, text, which = qu.kv_spec(args), qu.eval_spec(args), qu.model_spec(args)
+    for path in filter(None, (args.export_kvquant, args.output)):
+        qu.check_writable(path)
+
+    qu.quiet_libraries()
+    config, tokenizer = qu.load_config_and_tokenizer(which.name)
+    qu.warn_if_too_long(config, text.seqlen)
+    windows = {name: qu.load_windows(name, tokenizer, text) for name in text.datasets}
+    model = qu.load_model(which, config)
+
+    quantizers = qu.stored_quantizers(args.quantizer_path, stored, model, specs) if specs else {}
+    if args.export_kvquant:
+        qu.export_kvquant(args.export_kvquant, quantizers)
+    with qu.simulate_quantization(model, quantizers):
+        results = qu.print_results(model, windows, args.abits, text.batch_size)
+    qu.print_settings(model, which.name, text, specs)
+    if args.output:
+        qu.write_json(args.output, qu.report(__file__, args, model, results))
+
+
+def main() -> None:
+    args, given = parse_args()
+    if args.calibrate:
+        calibrate(args)
+    else:
+        evaluate(args, given)
+
+
+if __name__ == "__main__":
+    sys.exit(qu.run(main))
