@@ -7,10 +7,13 @@ Quantization is simulated: this measures accuracy, and saves neither memory nor 
 """
 
 import shlex
+import signal
 import sys
 from argparse import Namespace
 
-import quant_utils as qu
+signal.signal(signal.SIGINT, signal.SIG_DFL)  # until qu.run takes over: Ctrl-C while torch loads ends us at once
+
+import quant_utils as qu  # noqa: E402
 
 EXAMPLES = """examples:
   %(prog)s meta-llama/Llama-3-8B --calibrate --abits 3 --nuq --fisher --include_sparse --quantizer_path nuq3.pkl
@@ -56,52 +59,52 @@ def calibrate(args: Namespace) -> None:
     specs, which, how = qu.kv_spec(args), qu.model_spec(args), qu.calibration_spec(args)
     if not specs:
         raise qu.UserError("--calibrate has nothing to fit with --abits 16, or without --perchannel and --pertoken")
-    if not args.quantizer_path:
+    if args.quantizer_path is None:
         raise qu.UserError("--calibrate needs --quantizer_path FILE to save the quantizers to")
-    for path in filter(None, (args.quantizer_path, args.export_kvquant, args.output)):
-        qu.check_writable(path)
+    qu.check_writable(args.quantizer_path, [how.dataset, args.export_kvquant])
+    if args.export_kvquant is not None:
+        qu.check_writable(args.export_kvquant, [how.dataset])
 
     qu.quiet_libraries()
     config, tokenizer = qu.load_config_and_tokenizer(which.name)
-    qu.warn_if_too_long(config, how.seqlen)
-    windows = qu.load_calibration_windows(tokenizer, how)
+    windows = qu.load_calibration_windows(config, tokenizer, how)
     model = qu.load_model(which, config)
 
     fitted = qu.calibrate(model, windows, specs, how)
     quantizers = {name: quantizer for name, (quantizer, _) in fitted.items()}
     settings = {name: getattr(args, name) for name in QUANTIZATION + CALIBRATION}
     qu.save_calibration(args.quantizer_path, quantizers, qu.provenance(model, which.name, settings, how.seqlen))
-    if args.export_kvquant:
+    if args.export_kvquant is not None:
         qu.export_kvquant(args.export_kvquant, quantizers)
     print(qu.fit_table({name: fit for name, (_, fit) in fitted.items()}))
-    command = [sys.executable, sys.argv[0], which.name, "--quantizer_path", args.quantizer_path]
-    print(f"\nTo evaluate:\n{shlex.join(['python3', *command[1:]])} --datasets wikitext2")
+    command = ["python3", sys.argv[0], which.name, "--quantizer_path", args.quantizer_path, "--datasets", "wikitext2"]
+    print(f"\nSaved to {args.quantizer_path}. To evaluate:\n{shlex.join(command)}")
 
 
 def evaluate(args: Namespace, given: dict) -> None:
     stored = None
     if args.abits != qu.UNQUANTIZED:
-        if not args.quantizer_path:
+        if args.quantizer_path is None:
             raise qu.UserError("--quantizer_path FILE is missing: make one with --calibrate, or give --abits 16")
         stored = qu.load_calibration(args.quantizer_path)
         take_stored_settings(args, given, stored["settings"])
     specs, text, which = qu.kv_spec(args), qu.eval_spec(args), qu.model_spec(args)
-    for path in filter(None, (args.export_kvquant, args.output)):
-        qu.check_writable(path)
+    for path in (args.export_kvquant, args.output):
+        if path is not None:
+            qu.check_writable(path, [*text.datasets, args.quantizer_path])
 
     qu.quiet_libraries()
     config, tokenizer = qu.load_config_and_tokenizer(which.name)
-    qu.warn_if_too_long(config, text.seqlen)
-    windows = {name: qu.load_windows(name, tokenizer, text) for name in text.datasets}
+    windows = qu.load_texts(config, tokenizer, text)
     model = qu.load_model(which, config)
 
-    quantizers = qu.stored_quantizers(args.quantizer_path, stored, model, specs) if specs else {}
-    if args.export_kvquant:
+    quantizers = qu.stored_quantizers(args.quantizer_path, stored, model, specs) if stored else {}
+    if args.export_kvquant is not None:
         qu.export_kvquant(args.export_kvquant, quantizers)
     with qu.simulate_quantization(model, quantizers):
         results = qu.print_results(model, windows, args.abits, text.batch_size)
     qu.print_settings(model, which.name, text, specs)
-    if args.output:
+    if args.output is not None:
         qu.write_json(args.output, qu.report(__file__, args, model, results))
 
 

@@ -5,9 +5,12 @@ Keys are quantized before RoPE, by default with one scale per channel, values wi
 Quantization is simulated: this measures accuracy, and saves neither memory nor time.
 """
 
+import signal
 import sys
 
-import quant_utils as qu
+signal.signal(signal.SIGINT, signal.SIG_DFL)  # until qu.run takes over: Ctrl-C while torch loads ends us at once
+
+import quant_utils as qu  # noqa: E402
 
 EXAMPLES = """examples:
   %(prog)s meta-llama/Llama-3-8B --abits 4 --datasets wikitext2 --seqlen 2048
@@ -28,19 +31,18 @@ def parse_args():
 def main() -> None:
     args = parse_args()
     specs, text, which = qu.kv_spec(args), qu.eval_spec(args), qu.model_spec(args)
-    if args.output:
-        qu.check_writable(args.output)
+    if args.output is not None:
+        qu.check_writable(args.output, text.datasets)
 
     qu.quiet_libraries()
     config, tokenizer = qu.load_config_and_tokenizer(which.name)
-    qu.warn_if_too_long(config, text.seqlen)
-    windows = {name: qu.load_windows(name, tokenizer, text) for name in text.datasets}
+    windows = qu.load_texts(config, tokenizer, text)
     model = qu.load_model(which, config)
 
     with qu.simulate_quantization(model, qu.dynamic_quantizers(model, specs)):
         results = qu.print_results(model, windows, args.abits, text.batch_size)
     qu.print_settings(model, which.name, text, specs)
-    if args.output:
+    if args.output is not None:
         qu.write_json(args.output, qu.report(__file__, args, model, results))
 
 

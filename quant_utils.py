@@ -31,13 +31,14 @@ import os
 import pickle
 import random
 import re
+import signal
 import sys
-import tempfile
 import time
+import warnings
 from argparse import Action, ArgumentDefaultsHelpFormatter, ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -73,7 +74,7 @@ class QuantSpec:
     bits                2..8
     codebook            uniform, nf (NormalFloat) or nuq (k-means, which needs calibration)
     include_sparse      keep outliers exact (dense-and-sparse, KVQuant, arXiv:2401.18079, section 3.4)
-    sparsity_threshold  p in (0, 1]: the entries beyond the quantiles (1-p)/2 and 1-(1-p)/2 are outliers
+    sparsity_threshold  p in (0, 1]: the tails of the quantiles (1-p)/2 and 1-(1-p)/2 are outliers
     first_few_fp16      leading tokens of every window kept exact (attention sinks); -1 or 0 for none
     clamp               round the zero point of uniform levels to an integer in 0..L-1, as integer kernels do
     cap_outliers        at most this fraction of a token's entries stay exact (calibrated ranges only); None for all
@@ -114,7 +115,7 @@ class QuantSpec:
         parts = [f"{self.bits}-bit {CODEBOOKS[self.codebook]}{' (integer zero point)' * self.clamp} per {scale}"]
         if self.include_sparse:
             cap = "" if self.cap_outliers is None else f" (at most {self.cap_outliers:g} of a token)"
-            parts.append(f"outliers beyond {self.sparsity_threshold:g} exact{cap}")
+            parts.append(f"outliers exact (sparsity threshold {self.sparsity_threshold:g}){cap}")
         if self.sink_tokens:
             parts.append(f"first {self.sink_tokens} token{'s' * (self.sink_tokens > 1)} exact")
         return ", ".join(parts)
@@ -131,11 +132,11 @@ def check_dataset_name(name: str) -> None:
     """Raise UserError unless name is in DATASETS or is a readable text file of a known kind."""
     if name in DATASETS:
         return
-    if not name.endswith(TEXT_FILES):
+    if not name.lower().endswith(TEXT_FILES):
         known = ", ".join(DATASETS)
         raise UserError(f"unknown dataset {name!r}: give {known}, or a path that ends in {', '.join(TEXT_FILES)}")
     if not Path(name).is_file():
-        raise UserError(f"text file {name!r} does not exist")
+        raise UserError(f"text file {name!r} {'is no regular file' if Path(name).exists() else 'does not exist'}")
     if not os.access(name, os.R_OK):
         raise UserError(f"text file {name!r} cannot be read: check its permissions")
 
@@ -161,8 +162,9 @@ class EvalSpec:
                 raise UserError(f"{name} must be at least {least}, got {getattr(self, name)}")
         for name in self.datasets:
             check_dataset_name(name)
-        if repeated := {name for name in self.datasets if self.datasets.count(name) > 1}:
-            raise UserError(f"datasets names {', '.join(sorted(repeated))} more than once")
+        files = [name if name in DATASETS else str(Path(name).resolve()) for name in self.datasets]
+        if repeated := [name for name, file in zip(self.datasets, files, strict=True) if files.count(file) > 1]:
+            raise UserError(f"datasets names {repeated[0]} more than once")
 
 
 @dataclass(frozen=True)
@@ -207,17 +209,21 @@ class ModelSpec:
 
 @dataclass(frozen=True)
 class Codebook:
-    """Sorted levels [L] to search, and the values [L] that they decode to."""
+    """Sorted levels [L] to search; what they decode to differs only by Q-Norm's scale and offset."""
 
-    encode: Tensor
-    decode: Tensor
+    levels: Tensor
+    scale: float = 1.0
+    offset: float = 0.0
 
-    @classmethod
-    def of(cls, levels: Tensor) -> Codebook:
-        return cls(levels, levels)
+    @property
+    def decoded(self) -> Tensor:
+        """[L] the values that the levels stand for."""
+        if self.scale == 1 and self.offset == 0:
+            return self.levels
+        return (self.levels.double() * self.scale + self.offset).float()
 
     def to(self, device: torch.device) -> Codebook:
-        return Codebook(self.encode.to(device), self.decode.to(device))
+        return replace(self, levels=self.levels.to(device))
 
 
 def uniform_levels(bits: int) -> Tensor:
@@ -226,9 +232,10 @@ def uniform_levels(bits: int) -> Tensor:
 
 
 def normal_float_levels(bits: int) -> Tensor:
-    """[L] quantiles of the normal distribution scaled to [-1, 1], with an exact zero (QLoRA, arXiv:2306.06965).
+    """[L] quantiles of the normal distribution scaled to [-1, 1], with an exact zero (QLoRA, arXiv:2305.14314).
 
-    The negative half has one level fewer; the outermost quantile is QLoRA's, the mean of 1/32 and 1/30, halved.
+    The negative half has one level fewer. The outermost quantile is half the mean of 1/32 and 1/30, for every
+    number of bits (arXiv:2306.06965, as the published KVQuant code).
     """
     half, tail = 2 ** (bits - 1), 0.5 * (1 / 32 + 1 / 30)
     negative = torch.special.ndtri(torch.linspace(tail, 0.5, half))  # [L/2], ends in 0
@@ -240,7 +247,7 @@ def data_free_codebook(spec: QuantSpec) -> Codebook:
     """The codebook that spec names, where it needs no data."""
     if spec.codebook == "nuq":
         raise UserError("a NUQ codebook is fitted to data: calibrate first, or choose uniform or NormalFloat levels")
-    return Codebook.of(normal_float_levels(spec.bits) if spec.codebook == "nf" else uniform_levels(spec.bits))
+    return Codebook(normal_float_levels(spec.bits) if spec.codebook == "nf" else uniform_levels(spec.bits))
 
 
 def nearest_level(unit: Tensor, levels: Tensor) -> Tensor:
@@ -248,7 +255,8 @@ def nearest_level(unit: Tensor, levels: Tensor) -> Tensor:
     return torch.bucketize(unit, (levels[1:] + levels[:-1]) / 2)
 
 
-COARSE, FINE = 2048, 32  # k-means sees [-1, 1] as COARSE bins, each of FINE fine ones
+COARSE, FINE = 1024, 64  # k-means sees [-1, 1] as COARSE bins, each of FINE fine ones
+NEGLIGIBLE = 1e-12  # of the total weight: below it, a difference of running totals is rounding error
 
 
 def weighted_histogram(unit: Tensor, weights: Tensor | None = None) -> Tensor:
@@ -270,21 +278,20 @@ def kmeans_levels(histogram: Tensor, bits: int) -> Tensor:
     maximized is the sum of moment**2 / mass over the intervals: the squared error is a constant less that.
     No randomness; time and memory do not depend on the number of samples.
     """
-    coarse = histogram.view(2, COARSE, FINE).sum(-1)
-    mass, moment = F.pad(coarse.cumsum(1), (1, 0))  # [COARSE + 1] each: totals left of every bin edge
+    mass, moment = F.pad(histogram.view(2, COARSE, FINE).sum(-1).cumsum(1), (1, 0))  # totals left of every edge
     interval_mass = mass[None, :] - mass[:, None]  # [from edge, to edge]
-    interval_moment = moment[None, :] - moment[:, None]
-    gain = interval_moment.square_() / interval_mass.clamp(min=torch.finfo(torch.float64).tiny)
-    gain.masked_fill_(gain.new_ones(gain.shape, dtype=torch.bool).tril(-1), -math.inf)  # no interval runs backwards
+    gain = (moment[None, :] - moment[:, None]).square() / interval_mass
+    gain = gain.where(interval_mass > NEGLIGIBLE * mass[-1], 0)
+    edge = torch.arange(COARSE + 1, device=histogram.device)
+    gain = gain.where(edge[:, None] <= edge[None, :], -math.inf)  # no interval runs backwards
     best, starts = gain[0], []  # best[e]: gain of the best cut of everything left of edge e
     for _ in range(2**bits - 1):
         best, start = (best[:, None] + gain).max(0)
         starts.append(start)
     edges = [COARSE]
-    for start in reversed(starts):
-        edges.append(start[edges[-1]].item())
-    edges = torch.tensor(edges[::-1], device=histogram.device) * FINE  # [L] upper edges of the intervals
-    return lloyd(histogram, edges).float()
+    for start in reversed(torch.stack(starts).tolist()):
+        edges.append(start[edges[-1]])
+    return lloyd(histogram, torch.tensor(edges[::-1], device=histogram.device) * FINE).float()
 
 
 def lloyd(histogram: Tensor, edges: Tensor, steps: int = 100) -> Tensor:
@@ -293,28 +300,26 @@ def lloyd(histogram: Tensor, edges: Tensor, steps: int = 100) -> Tensor:
     totals = F.pad(histogram.cumsum(1), (1, 0))  # [2, N + 1]
     for _ in range(steps):
         mass, moment = totals[:, edges].diff(dim=1, prepend=totals[:, :1])  # [L] each
-        middle = (edges + F.pad(edges[:-1], (1, 0))) / bins - 1  # stands in for the centroid of an empty interval
-        levels = torch.where(mass > 0, moment / mass, middle)
-        borders = ((levels[1:] + levels[:-1]) / 2 + 1) * (bins / 2)
-        moved = F.pad(borders.round().long(), (0, 1), value=bins)
-        if torch.equal(moved, edges):
+        low, high = F.pad(edges[:-1], (1, 0)) * (2 / bins) - 1, edges * (2 / bins) - 1
+        levels = torch.where(mass > NEGLIGIBLE * totals[0, -1], moment / mass, (low + high) / 2)
+        levels = levels.clamp(low, high)  # sorted, whatever rounding does
+        moved = (((levels[1:] + levels[:-1]) / 2 + 1) * (bins / 2)).round().long()
+        if torch.equal(moved, edges[:-1]):
             break
-        edges = moved
+        edges = F.pad(moved, (0, 1), value=bins)
     return levels
 
 
-def q_norm(unit: Tensor, codebook: Codebook) -> Codebook:
-    """codebook with its decoded values scaled and shifted so that quantizing unit [N] keeps its mean and deviation.
+def q_norm(unit: Tensor, levels: Tensor) -> Codebook:
+    """Codebook of levels [L], with what they decode to scaled and shifted so that unit [N] keeps mean and deviation.
 
     This is Q-Norm of KVQuant (arXiv:2401.18079).
     """
-    snapped = codebook.decode[nearest_level(unit, codebook.encode)].double()
-    unit = unit.double()
-    scale = unit.std(correction=0) / snapped.std(correction=0)
-    if not scale.isfinite():  # a single value: there is no deviation to keep
-        return codebook
-    shifted = (codebook.decode.double() - snapped.mean()) * scale + unit.mean()
-    return Codebook(codebook.encode, shifted.float())
+    unit, snapped = unit.double(), levels[nearest_level(unit, levels)].double()
+    scale = (unit.std(correction=0) / snapped.std(correction=0)).item()
+    if not math.isfinite(scale):  # a single value: there is no deviation to keep
+        return Codebook(levels)
+    return Codebook(levels, scale, (unit.mean() - snapped.mean() * scale).item())
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -359,7 +364,7 @@ def snap(x: Tensor, lo: Tensor, hi: Tensor, codebook: Codebook) -> Tensor:
     lerp hits both ends exactly, and lo == hi gives lo whatever the index, so an empty range needs no special case.
     """
     unit = (x - lo) / (hi - lo) * 2 - 1
-    return torch.lerp(lo, hi, (codebook.decode[nearest_level(unit, codebook.encode)] + 1) / 2)
+    return torch.lerp(lo, hi, (codebook.decoded[nearest_level(unit, codebook.levels)] + 1) / 2)
 
 
 def cap_per_token(keep: Tensor, distance: Tensor, fraction: float) -> Tensor:
@@ -452,31 +457,34 @@ def token_nll(logits: Tensor, ids: Tensor, chunk: int = 1024) -> Tensor:
 KVSpec = Mapping[str, QuantSpec]
 
 
-def projection_names(model: nn.Module) -> list[str]:
-    """Last name part of every projection (a module with a 2-d weight that is no embedding), each once, in order."""
-    names = {}
+def projections(model: nn.Module) -> dict[str, nn.Module]:
+    """{name: module} of every module with a 2-d weight that is neither an embedding nor the head, in model order."""
+    found = {}
     for name, module in model.named_modules():
-        weight = getattr(module, "weight", None)
-        if isinstance(weight, Tensor) and weight.ndim == 2 and not isinstance(module, nn.Embedding):
-            names[name.rpartition(".")[2]] = None
-    return list(names)
+        is_matrix = getattr(getattr(module, "weight", None), "ndim", 0) == 2
+        if is_matrix and not isinstance(module, nn.Embedding) and module is not model.get_output_embeddings():
+            found[name] = module
+    return found
 
 
-def find_sites(model: nn.Module, specs: KVSpec) -> dict[str, nn.Module]:
-    """{"model.layers.0.self_attn.k_proj": Linear, ...}: every projection that specs names, in model order.
+def find_sites(model: nn.Module, specs: Collection[str]) -> dict[str, nn.Module]:
+    """{"model.layers.0.self_attn.k_proj": Linear, ...}: every projection whose last name specs has, in model order.
 
     Raises UserError if a name matches nothing, or if the layer normalizes the keys after the projection (k_norm):
     such a model caches the normalized keys, so the projection's output would be the wrong place.
     """
-    sites = {name: m for name, m in model.named_modules() if name.rpartition(".")[2] in specs}
-    missing = set(specs) - {name.rpartition(".")[2] for name in sites}
-    if missing:
-        has = ", ".join(projection_names(model)) or "none"
-        raise UserError(f"{type(model).__name__} has no projection {', '.join(sorted(missing))}; it has: {has}")
+    known: dict[str, dict[str, nn.Module]] = {}
+    for name, module in projections(model).items():
+        known.setdefault(name.rpartition(".")[2], {})[name] = module
+    if missing := [leaf for leaf in specs if leaf not in known]:
+        has = ", ".join(known) or "none"
+        raise UserError(f"{type(model).__name__} has no projection {', '.join(missing)}; it has: {has}")
+    sites = {name: module for name, module in projections(model).items() if name.rpartition(".")[2] in specs}
     for name in sites:
-        parent, _, leaf = name.rpartition(".")
-        if leaf == "k_proj" and hasattr(model.get_submodule(parent), "k_norm"):
-            raise UserError(f"{type(model).__name__} normalizes keys after k_proj (k_norm); that is not supported yet")
+        siblings = dict(model.get_submodule(name.rpartition(".")[0]).named_children())
+        norms = [sibling for sibling in siblings if re.fullmatch(r"(q?k|key)_(layer_?)?norm", sibling)]
+        if name.endswith("k_proj") and norms:
+            raise UserError(f"{type(model).__name__} normalizes keys after k_proj ({norms[0]}): not supported yet")
     return sites
 
 
@@ -596,7 +604,7 @@ def fit_range(x: Tensor, spec: QuantSpec) -> Quantizer:
     Per channel the range is calibrated: percentiles over all tokens of all windows but the sinks, or minimum and
     maximum if no outliers are kept. Per token it stays dynamic.
     """
-    codebook = Codebook.of(uniform_levels(spec.bits)) if spec.codebook == "nuq" else data_free_codebook(spec)
+    codebook = Codebook(uniform_levels(spec.bits)) if spec.codebook == "nuq" else data_free_codebook(spec)
     if spec.axis == PER_TOKEN:
         return Quantizer(spec, codebook)
     tokens = x[:, spec.sink_tokens :].flatten(0, 1).float()  # [N * (T - sinks), C]
@@ -669,18 +677,22 @@ def checkpointing_if_short(model: nn.Module, tokens: int) -> Iterator[bool]:
     width = 12 * config.hidden_size + 4 * getattr(config, "intermediate_size", 4 * config.hidden_size)
     need = config.num_hidden_layers * tokens * width * model.dtype.itemsize
     short = need > free_memory(model.device) / 2
-    layers = [module for module in model.modules() if hasattr(module, "gradient_checkpointing")] if short else []
-    if short:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    for layer in layers:
-        layer.training = True  # of the layer alone: checkpointing asks for it, while dropout inside stays off
-    try:
-        yield short
-    finally:
-        for layer in layers:
-            layer.training = False
+    layers = [module for module in model.modules() if short and hasattr(module, "gradient_checkpointing")]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # of a new name that older releases of transformers 5 lack
         if short:
-            model.gradient_checkpointing_disable()
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+            with suppress(AttributeError):  # it lets embeddings require gradients; our first site starts the graph
+                model.disable_input_require_grads()
+        for layer in layers:
+            layer.training = True  # the layer alone: checkpointing asks for it, while dropout inside stays off
+        try:
+            yield short
+        finally:
+            for layer in layers:
+                layer.training = False
+            if short:
+                model.gradient_checkpointing_disable()
 
 
 def calibrate(
@@ -705,10 +717,10 @@ def calibrate(
         codebook = quantizer.codebook
         if name in to_fit:
             histogram = histograms[name] if name in histograms else nuq_histogram(x, quantizer)
-            codebook = Codebook.of(kmeans_levels(histogram, quantizer.spec.bits))
+            codebook = Codebook(kmeans_levels(histogram, quantizer.spec.bits))
         if calibration.q_norm:
             unit, inlier, _ = inliers(x, quantizer)
-            codebook = q_norm(unit[inlier], codebook.to(x.device))
+            codebook = q_norm(unit[inlier], codebook.levels.to(x.device))
         quantizer = replace(quantizer, codebook=codebook).to(x.device)
         fitted[name] = quantizer.to(torch.device("cpu")), measure_fit(x, quantizer)
     return fitted
@@ -728,36 +740,45 @@ def measure_fit(x: Tensor, quantizer: Quantizer) -> Fit:
     )
 
 
-def check_writable(path: str) -> None:
-    """Raise UserError unless write_json(path, ...) will be able to write, whether or not the file exists."""
-    target = Path(path).resolve()
+def check_writable(path: str, inputs: Iterable[str | None]) -> None:
+    """Raise UserError unless write_atomically will be able to write path, and that overwrites none of the inputs."""
     try:
-        if target.exists() and not target.is_file():
+        target = Path(path).resolve()
+        if not path or path.endswith(os.sep) or (target.exists() and not target.is_file()):
             raise UserError(f"output {path!r} is not a regular file: give a file name")
+        if any(other and Path(other).resolve() == target for other in inputs):
+            raise UserError(f"output {path!r} is also read: writing it would destroy that; give another name")
         if target.exists() and not os.access(target, os.W_OK):
             raise UserError(f"output {path!r} is write-protected: give another name")
-        with tempfile.TemporaryFile(dir=target.parent):
+        with unfinished_file(target):
             pass
-    except OSError as error:
-        raise UserError(
-            f"output {path!r} cannot be written ({error.strerror}): give a file in a writable folder"
-        ) from error
+    except (OSError, RuntimeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"output {path!r} cannot be written ({reason}): give a file in a writable folder") from error
+
+
+@contextmanager
+def unfinished_file(target: Path) -> Iterator[BinaryIO]:
+    """A new file beside target, gone at the end of the block unless it was moved."""
+    unfinished = target.with_name(f".{os.getpid()}.partial")
+    try:
+        with open(unfinished, "xb") as file:
+            yield file
+    finally:
+        unfinished.unlink(missing_ok=True)
 
 
 def write_atomically(path: str, write: Callable[[BinaryIO], None]) -> None:
     """Let write fill a file beside path and put it in its place: a reader finds the old file or the whole new one."""
     target = Path(path).resolve()
-    unfinished = target.with_name(f".{target.name}.{os.getpid()}.partial")
     try:
-        with open(unfinished, "xb") as file:
+        with unfinished_file(target) as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(unfinished, target)
+            os.replace(file.name, target)
     except OSError as error:
         raise UserError(f"{path!r} could not be written ({error.strerror}): what stood there is untouched") from error
-    finally:
-        unfinished.unlink(missing_ok=True)
 
 
 FILE_FORMAT, FILE_VERSION = "kvquant simulation: calibrated quantizers", 1
@@ -769,7 +790,7 @@ def save_calibration(path: str, quantizers: Mapping[str, Quantizer], record: Map
     record holds "model" {"name", "channels" {site: C}}, "settings" and "calibration" (flags), and "versions".
     """
     tensors = {
-        name: {"encode": q.codebook.encode, "decode": q.codebook.decode, "lo": q.lo, "hi": q.hi}
+        name: {**{part: getattr(q.codebook, part) for part in ("levels", "scale", "offset")}, "lo": q.lo, "hi": q.hi}
         for name, q in quantizers.items()
     }
     data = {"format": FILE_FORMAT, "format_version": FILE_VERSION, **record, "quantizers": tensors}
@@ -817,9 +838,7 @@ def load_calibration(path: str) -> dict:
         known = isinstance(data, dict) and data.get("format") == FILE_FORMAT
         version = data["format_version"] if known else 0
         if version == FILE_VERSION:
-            for name, value in data["settings"].items():
-                if not isinstance(value, SETTING_TYPES[name]):
-                    raise ValueError(f"{name} is {value!r}")
+            check_contents(data)
     except Exception as error:  # a damaged archive or pickle can raise anything
         reason = f"{type(error).__name__}: {error}".partition("\n")[0]
         raise UserError(f"quantizer file {path!r} is damaged, or holds more than data ({reason[:120]})") from error
@@ -828,6 +847,19 @@ def load_calibration(path: str) -> dict:
     if version != FILE_VERSION:
         raise UserError(f"quantizer file {path!r} has format version {version}; this program reads {FILE_VERSION}")
     return data
+
+
+def check_contents(data: Mapping) -> None:
+    """Raise ValueError, TypeError or KeyError unless load_calibration's data has every part, of the right type."""
+    for name, kind in SETTING_TYPES.items():
+        if not isinstance(data["settings"][name], kind):
+            raise ValueError(f"{name} is {data['settings'][name]!r}")
+    for name, stored in data["quantizers"].items():
+        if not isinstance(data["model"]["channels"][name], (int, NoneType)):
+            raise ValueError(f"{name} has no width")
+        for part, kind in (("levels", Tensor), ("scale", float), ("offset", float), ("lo", Tensor), ("hi", Tensor)):
+            if not isinstance(stored[part], (kind, NoneType)):
+                raise ValueError(f"{part} of {name} is {type(stored[part])}")
 
 
 class TensorUnpickler(pickle.Unpickler):
@@ -862,32 +894,30 @@ def read_kvquant(path: str) -> dict:
     """
     with open(path, "rb") as file:
         published = TensorUnpickler(file).load()
-    quantizers, settings = {}, {}
+    quantizers, channels, settings = {}, {}, {}
     for name, (upper, lower, *rest) in published.items():
         levels = torch.as_tensor(rest[0][0]).flatten().float().sort().values if rest else None
-        decode = levels
-        if len(rest) == 3:
-            decode = (levels.double() * float(rest[1]) + float(rest[2])).float()
-        bounds = {"hi": torch.as_tensor(upper).flatten().float(), "lo": torch.as_tensor(lower).flatten().float()}
-        quantizers[name] = {"encode": levels, "decode": decode, **bounds}
+        scale, offset = map(float, rest[1:]) if len(rest) == 3 else (1.0, 0.0)
+        upper, lower = torch.as_tensor(upper).float(), torch.as_tensor(lower).float()
+        channels[name] = upper.numel() if len(upper) == 1 else None
+        codebook = {"levels": levels, "scale": scale, "offset": offset}
+        quantizers[name] = codebook | {"lo": lower.flatten(), "hi": upper.flatten()}
         settings = {"nuq": levels is not None, "norm": len(rest) == 3}
         if levels is not None:
             settings["abits"] = len(levels).bit_length() - 1
-    return {"model": None, "settings": settings, "calibration": {}, "quantizers": quantizers}
+    return {"model": {"name": None, "channels": channels}, "settings": settings, "quantizers": quantizers}
 
 
 def export_kvquant(path: str, quantizers: Mapping[str, Quantizer]) -> None:
     """Write quantizers as read_kvquant reads them, a plain pickle of tensors and arrays, atomically."""
     published = {}
     for name, q in quantizers.items():
-        one = torch.ones(1, 1)
-        entry = (q.hi[None], q.lo[None]) if q.is_static else (one, -one)  # [1,C]
+        anything = torch.ones(2, 1)  # [tokens,1] there, and ignored: the range is dynamic
+        entry = (q.hi[None], q.lo[None]) if q.is_static else (anything, -anything)
         if q.spec.codebook == "nuq":
-            encode, decode = q.codebook.encode.double(), q.codebook.decode.double()
-            entry += ([q.codebook.encode[:, None].numpy()],)
-            if not torch.equal(encode, decode):
-                scale = (decode[-1] - decode[0]) / (encode[-1] - encode[0])
-                entry += (scale, decode[0] - scale * encode[0])
+            entry += ([q.codebook.levels[:, None].numpy()],)
+            if q.codebook.decoded is not q.codebook.levels:
+                entry += tuple(torch.tensor(x, dtype=torch.float64) for x in (q.codebook.scale, q.codebook.offset))
         published[name] = entry
     write_atomically(path, lambda file: pickle.dump(published, file))
 
@@ -895,43 +925,42 @@ def export_kvquant(path: str, quantizers: Mapping[str, Quantizer]) -> None:
 def stored_quantizers(path: str, data: Mapping, model: nn.Module, specs: KVSpec) -> dict[str, Quantizer]:
     """{site: Quantizer} from load_calibration's data, checked against the sites that model has and specs name.
 
-    Raises UserError if a site is missing or of another width, or if what is stored is no usable quantizer.
+    Raises UserError if the file was made for a model of another shape, or holds no usable quantizer.
     """
+    sites = find_sites(model, specs)
+    stored = {name: parts for name, parts in data["quantizers"].items() if name.rpartition(".")[2] in specs}
+    widths = {name: module.weight.shape[0] for name, module in sites.items()}
+    for name in [*sites, *stored]:
+        here = widths.get(name, "none")
+        there = (data["model"]["channels"][name] or here) if name in stored else "none"
+        if there != here or here == "none":
+            origin = f"{path!r} was calibrated for {data['model']['name'] or 'another model'}"
+            raise UserError(f"quantizer file {origin}: it has {there} channels for {name}, this model has {here}")
     quantizers = {}
-    for name, module in find_sites(model, specs).items():
+    for name, parts in stored.items():
         spec = specs[name.rpartition(".")[2]]
-        stored = data["quantizers"].get(name)
-        if stored is None:
-            raise UserError(f"quantizer file {path!r} has nothing for {name}: it was made for another model")
-        lo, hi = (stored["lo"], stored["hi"]) if spec.axis == PER_CHANNEL else (None, None)
-        codebook = (
-            data_free_codebook(spec) if stored["encode"] is None else Codebook(stored["encode"], stored["decode"])
-        )
-        width, expected = None if lo is None else len(lo), module.weight.shape[0]
-        if data["model"]:
-            width = data["model"]["channels"][name]
-        if width not in (None, expected):
-            raise UserError(f"quantizer file {path!r} has {width} channels for {name}, where this model has {expected}")
-        check_quantizer(path, name, quantizer := Quantizer(spec, codebook, lo, hi))
-        quantizers[name] = quantizer
-    surplus = [name for name in data["quantizers"] if name not in quantizers and name.rpartition(".")[2] in specs]
-    if surplus:
-        raise UserError(
-            f"quantizer file {path!r} has {surplus[0]}, which this model lacks: it was made for another model"
-        )
+        codebook = Codebook(parts["levels"], parts["scale"], parts["offset"])
+        if parts["levels"] is None:
+            codebook = data_free_codebook(spec)
+        bounds = (parts["lo"], parts["hi"]) if spec.axis == PER_CHANNEL else (None, None)
+        quantizers[name] = Quantizer(spec, codebook, *bounds)
+        if not is_sound(quantizers[name], widths[name]):
+            raise UserError(f"quantizer file {path!r} has no usable {spec.bits}-bit quantizer for {name}")
     return quantizers
 
 
-def check_quantizer(path: str, name: str, quantizer: Quantizer) -> None:
-    """Raise UserError unless the tensors that were read are finite, and of the shape and order that snap needs."""
-    encode, decode, lo, hi = quantizer.codebook.encode, quantizer.codebook.decode, quantizer.lo, quantizer.hi
-    sound = all(t.dtype == torch.float32 and t.ndim == 1 and t.isfinite().all() for t in (encode, decode))
-    sound = sound and len(encode) == len(decode) == 2**quantizer.spec.bits and bool((encode.diff() >= 0).all())
-    if sound and quantizer.is_static:
-        sound = all(t.dtype == torch.float32 and t.ndim == 1 and t.isfinite().all() for t in (lo, hi))
-        sound = sound and lo.shape == hi.shape and bool((lo <= hi).all())
-    if not sound:
-        raise UserError(f"quantizer file {path!r} has no usable {quantizer.spec.bits}-bit quantizer for {name}")
+def is_sound(quantizer: Quantizer, channels: int) -> bool:
+    """Whether the tensors that were read are finite, and of the shape and order that snap needs."""
+
+    def vectors(size: int, *tensors: Tensor | None) -> bool:
+        return all(
+            t is not None and t.dtype == torch.float32 and t.shape == (size,) and t.isfinite().all() for t in tensors
+        )
+
+    levels, lo, hi = quantizer.codebook.levels, quantizer.lo, quantizer.hi
+    if not vectors(2**quantizer.spec.bits, levels, quantizer.codebook.decoded) or (levels.diff() < 0).any():
+        return False
+    return quantizer.spec.axis == PER_TOKEN or (vectors(channels, lo, hi) and bool((lo <= hi).all()))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -939,33 +968,40 @@ def check_quantizer(path: str, name: str, quantizer: Quantizer) -> None:
 
 
 @contextmanager
-def one_line_errors(what: str) -> Iterator[None]:
-    """Turn whatever a loader raises into one UserError that says what to do about it."""
-    from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
+def one_line_errors(what: str, instead: str) -> Iterator[None]:
+    """Turn what a loader of what raises into one UserError that says what to do; instead is another thing to give."""
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        LocalEntryNotFoundError,
+        OfflineModeIsEnabled,
+        RepositoryNotFoundError,
+    )
 
     try:
         yield
     except UserError:
         raise
     except Exception as error:
-        chain, link = [], error
-        while link is not None:
+        chain: list[BaseException] = [error]
+        while link := chain[-1].__cause__ or chain[-1].__context__:
             chain.append(link)
-            link = link.__cause__ or link.__context__
 
         def caused_by(*kinds: type) -> bool:
             return any(isinstance(link, kinds) for link in chain)
 
         if caused_by(GatedRepoError):
             advice = "it is gated: accept its licence on its hub page, then log in with `hf auth login`"
+        elif caused_by(OfflineModeIsEnabled) or os.environ.get("HF_HUB_OFFLINE") == "1":
+            advice = f"no copy is cached and HF_HUB_OFFLINE forbids a download: unset it, or give {instead}"
         elif caused_by(LocalEntryNotFoundError, ConnectionError, TimeoutError):
-            advice = "the hub cannot be reached and no copy is cached: check the network, or give a local path"
+            advice = f"the hub cannot be reached and no copy is cached: check the network, or give {instead}"
         elif caused_by(RepositoryNotFoundError):
             advice = (
                 "no such repository on the hub: check the spelling, or log in with `hf auth login` if it is private"
             )
         else:
-            advice = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+            reason = " ".join(str(error).split())
+            advice = f"is the copy complete and undamaged? {type(error).__name__}: {reason[:200]}"
         raise UserError(f"cannot load {what}: {advice}") from error
 
 
@@ -988,12 +1024,16 @@ def load_config_and_tokenizer(name: str):
     from transformers import AutoConfig, AutoTokenizer
 
     folder = Path(name)
-    if folder.is_dir() and not (folder / "config.json").is_file():
+    if folder.is_file():
+        raise UserError(f"model {name!r} is a file: give the folder that holds it, with its config.json")
+    if folder.is_dir() and name and not (folder / "config.json").is_file():
         raise UserError(f"model folder {name!r} has no config.json: give a folder written by save_pretrained")
-    if not folder.is_dir() and not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name):
+    if not name or (not folder.is_dir() and not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name)):
         raise UserError(f"model {name!r} is neither a folder nor a hub id such as meta-llama/Llama-3-8B")
-    with one_line_errors(f"model {name!r}"):
-        return AutoConfig.from_pretrained(name), AutoTokenizer.from_pretrained(name)
+    with one_line_errors(f"model {name!r}", "a local folder"):
+        loaders = (AutoConfig, AutoTokenizer)
+        config, tokenizer = (loader.from_pretrained(name, trust_remote_code=False) for loader in loaders)
+    return config, tokenizer
 
 
 def load_model(spec: ModelSpec, config) -> nn.Module:
@@ -1009,28 +1049,40 @@ def load_model(spec: ModelSpec, config) -> nn.Module:
     if attention == "auto":
         flash = device.type == "cuda" and half and importlib.util.find_spec("flash_attn") is not None
         attention = "flash_attention_2" if flash else "sdpa"
-    with one_line_errors(f"model {spec.name!r}"):
-        model = AutoModelForCausalLM.from_pretrained(
-            spec.name, config=config, dtype=dtype, device_map=device, attn_implementation=attention
+    with one_line_errors(f"model {spec.name!r}", "a local folder"):
+        model, found = AutoModelForCausalLM.from_pretrained(
+            spec.name,
+            config=config,
+            dtype=dtype,
+            device_map=device,
+            attn_implementation=attention,
+            output_loading_info=True,
         )
+    if missing := sorted(found["missing_keys"]):
+        raise UserError(f"model {spec.name!r} lacks {len(missing)} tensors, {missing[0]} first: is the copy complete?")
+    if surplus := sorted(found["unexpected_keys"]):
+        warn(f"model {spec.name!r} has {len(surplus)} tensors that its config does not name, {surplus[0]} first")
     return model.eval().requires_grad_(False)
 
 
 def read_text_file(path: str) -> list[str]:
     """The documents of a text file: a .txt is one, a .jsonl or .parquet has one a row in column `text`."""
-    if path.endswith(".parquet"):
+    if path.lower().endswith(".parquet"):
         from datasets import Dataset
 
-        with one_line_errors(f"text file {path!r}"):
+        with one_line_errors(f"text file {path!r}", "another file"):
             rows = Dataset.from_parquet(path, keep_in_memory=True)
         if "text" not in rows.column_names:
             raise UserError(f"text file {path!r} has no column `text`; its columns are: {', '.join(rows.column_names)}")
-        return rows[:]["text"]
+        texts = rows[:]["text"]
+        if bad := [number for number, text in enumerate(texts, 1) if not isinstance(text, str)]:
+            raise UserError(f"text file {path!r}, row {bad[0]} has no string under `text`: remove such rows")
+        return texts
     try:
         text = Path(path).read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(f"text file {path!r} is not UTF-8 (byte {error.start}): convert it, e.g. with iconv") from error
-    if path.endswith(".txt"):
+    if path.lower().endswith(".txt"):
         return [text]
     return [jsonl_text(path, number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
 
@@ -1038,14 +1090,13 @@ def read_text_file(path: str) -> list[str]:
 def jsonl_text(path: str, number: int, line: str) -> str:
     """The string under `text` in one line of a .jsonl file."""
     try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise UserError(
-            f"text file {path!r}, line {number} is not JSON: {error.msg} at column {error.colno}"
-        ) from error
-    if not isinstance(row, dict) or not isinstance(row.get("text"), str):
-        raise UserError(f'text file {path!r}, line {number} is not an object with a string under "text"')
-    return row["text"]
+        text = json.loads(line)["text"]
+        text.encode()  # a lone surrogate is no text
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"text file {path!r}, line {number} is not JSON, or no Unicode: {error}") from error
+    except (TypeError, KeyError, AttributeError) as error:
+        raise UserError(f'text file {path!r}, line {number} is not an object with a string under "text"') from error
+    return text
 
 
 def load_documents(name: str, split: str = "test") -> list[str]:
@@ -1054,7 +1105,7 @@ def load_documents(name: str, split: str = "test") -> list[str]:
         return read_text_file(name)
     from datasets import load_dataset
 
-    with one_line_errors(f"dataset {name!r}"):
+    with one_line_errors(f"dataset {name!r}", "a text file"):
         if name == "wikitext2":
             rows = load_dataset("Salesforce/wikitext", "wikitext-2-raw-v1", split=split)
         else:
@@ -1106,10 +1157,19 @@ def load_windows(name: str, tokenizer, spec: EvalSpec) -> Tensor:
     encode = partial(tokenize, tokenizer)
     if name == "c4":
         return sample_documents(documents, encode, spec.seqlen, min(256, spec.limit))
+    if not any(documents):
+        raise UserError(f"{name} is empty: give a text of at least seqlen {spec.seqlen} tokens")
     ids = encode("\n\n".join(documents))
     if len(ids) < spec.seqlen:
         raise UserError(f"{name} has {len(ids)} tokens, fewer than one window of seqlen {spec.seqlen}: lower seqlen")
     return disjoint_windows(ids, spec.seqlen)[: spec.limit]
+
+
+def load_texts(config, tokenizer, spec: EvalSpec) -> dict[str, Tensor]:
+    """{dataset: load_windows}, checked against what a model of this config can take."""
+    windows = {name: load_windows(name, tokenizer, spec) for name in spec.datasets}
+    check_windows(config, torch.cat(list(windows.values())))
+    return windows
 
 
 def sample_windows(ids: Tensor, seqlen: int, count: int, seed: int) -> Tensor:
@@ -1119,23 +1179,30 @@ def sample_windows(ids: Tensor, seqlen: int, count: int, seed: int) -> Tensor:
     return torch.stack([ids[start : start + seqlen] for start in starts])
 
 
-def load_calibration_windows(tokenizer, spec: CalibrationSpec) -> Tensor:
-    """[nsamples, seqlen] ids of the calibration text."""
+def load_calibration_windows(config, tokenizer, spec: CalibrationSpec) -> Tensor:
+    """[nsamples, seqlen] ids of the calibration text, checked against what a model of this config can take."""
     documents = load_documents(spec.dataset, "train")
     encode = partial(tokenize, tokenizer)
     if spec.dataset == "c4":
-        return sample_documents(documents, encode, spec.seqlen, spec.nsamples, spec.seed)
-    ids = encode("\n\n".join(documents))
-    if len(ids) <= spec.seqlen:
-        raise UserError(f"{spec.dataset} has {len(ids)} tokens, too few to cut windows of {spec.seqlen}: lower seqlen")
-    return sample_windows(ids, spec.seqlen, spec.nsamples, spec.seed)
+        windows = sample_documents(documents, encode, spec.seqlen, spec.nsamples, spec.seed)
+    else:
+        ids = encode("\n\n".join(documents))
+        if len(ids) <= spec.seqlen:
+            raise UserError(f"{spec.dataset} has {len(ids)} tokens, too few to cut windows of {spec.seqlen} from")
+        windows = sample_windows(ids, spec.seqlen, spec.nsamples, spec.seed)
+    check_windows(config, windows)
+    return windows
 
 
-def warn_if_too_long(config, seqlen: int) -> None:
-    """Warn if a window of seqlen tokens exceeds the positions that a model of this config was made for."""
-    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
-    if positions and seqlen > positions:
-        warn(f"seqlen {seqlen} exceeds the {positions} positions that the model was made for")
+def check_windows(config, windows: Tensor) -> None:
+    """Raise UserError if windows [N,T] have a token that a model of this config lacks; warn if they are too long."""
+    config = config.get_text_config()
+    if windows.max() >= config.vocab_size:
+        has = f"the tokenizer gives token {windows.max().item()}, the model has {config.vocab_size}"
+        raise UserError(f"{has}: use the tokenizer that the model was trained with")
+    positions = getattr(config, "max_position_embeddings", None)
+    if positions and windows.shape[1] > positions:
+        warn(f"seqlen {windows.shape[1]} exceeds the {positions} positions that the model was made for")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1180,7 +1247,7 @@ def evaluate(model: nn.Module, windows: Tensor, batch_size: int = 1, label: str 
 
     losses: list[float] = []
     with tqdm(total=len(windows), desc=label, unit="window", leave=False, disable=None) as bar:
-        for batch in window_nll(model, windows.split(batch_size)):
+        for batch in window_nll(model, windows.split(min(batch_size, len(windows)))):
             for loss in batch.tolist():
                 losses.append(loss)
                 if not math.isfinite(perplexity(losses, windows.shape[1])):
@@ -1214,13 +1281,13 @@ COLUMNS = {"abits": "", "ppl": ".4f", "nll": ".6f", "windows": "", "tokens": "",
 
 def table_header(datasets: Iterable[str]) -> str:
     """The line above the rows; the first column is as wide as the longest dataset name."""
-    return "dataset".ljust(max(map(len, ("dataset", *datasets)))) + "".join(name.rjust(11) for name in COLUMNS)
+    return "dataset".ljust(max(map(len, ("dataset", *datasets)))) + "".join(f" {name:>11}" for name in COLUMNS)
 
 
 def table_row(result: Result, header: str) -> str:
     """One line that stands under header."""
-    cells = "".join(format(getattr(result, name), spec).rjust(11) for name, spec in COLUMNS.items())
-    return result.dataset.ljust(len(header) - len(cells)) + cells
+    cells = [format(getattr(result, name), spec) for name, spec in COLUMNS.items()]
+    return result.dataset.ljust(len(header) - 12 * len(cells)) + "".join(f" {cell:>11}" for cell in cells)
 
 
 def fit_table(fits: Mapping[str, Fit]) -> str:
@@ -1237,10 +1304,9 @@ def fit_table(fits: Mapping[str, Fit]) -> str:
 def print_results(model: nn.Module, windows: Mapping[str, Tensor], abits: int, batch_size: int) -> list[Result]:
     """Measure model, as it is hooked now, on the windows of every dataset; a row of the table each as it is done."""
     header, results = table_header(windows), []
-    print(header, flush=True)
     for dataset, ids in windows.items():
         results.append(measure(model, ids, dataset, abits, batch_size))
-        print(table_row(results[-1], header), flush=True)
+        print(*([] if results[1:] else [header]), table_row(results[-1], header), sep="\n", flush=True)
     return results
 
 
@@ -1278,7 +1344,7 @@ def dtype_name(model: nn.Module) -> str:
 def write_json(path: str, data: Mapping) -> None:
     """Write data to path atomically."""
     text = json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-    write_atomically(path, lambda file: file.write(text.encode()))
+    write_atomically(path, lambda file: file.write(text.encode("utf-8", "backslashreplace")))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1296,7 +1362,7 @@ class Parser(ArgumentParser):
         super().__init__(allow_abbrev=False, formatter_class=HelpFormatter, **kwargs)
 
     def error(self, message: str):
-        self.exit(2, f"{self.prog}: error: {message} (--help lists the flags)\n")
+        self.exit(2, f"{self.prog}: error: {' '.join(message.split())} (--help lists the flags)\n")
 
 
 class ProjectionList(Action):
@@ -1314,6 +1380,11 @@ class ProjectionList(Action):
         else:
             names = words.replace(",", " ").split()
         setattr(namespace, self.dest, list(dict.fromkeys(names)))
+
+
+def sink_tokens(text: str) -> int:
+    """A number of tokens; 0 is -1, which also means none."""
+    return int(text) or -1
 
 
 def dataset_list(text: str) -> list[str]:
@@ -1342,10 +1413,10 @@ def add_quantization_flags(parser: ArgumentParser) -> None:
     flag("--pertoken", nargs="*", action=ProjectionList, default=["v_proj"], metavar="NAME",
          help="projections with one scale per token")  # fmt: skip
     flag("--include_sparse", action="store_true", help="keep outliers exact (dense-and-sparse)")
-    flag("--sparsity_threshold", type=float, default=0.99, metavar="P",
+    flag("--sparsity_threshold", type=float, default=QuantSpec.sparsity_threshold, metavar="P",
          help="with --include_sparse, the share of entries that is quantized")  # fmt: skip
     flag("--nf", action="store_true", help="NormalFloat levels instead of uniform ones")
-    flag("--first_few_fp16", type=int, default=-1, metavar="N",
+    flag("--first_few_fp16", type=sink_tokens, default=-1, metavar="N",
          help="leading tokens of every window kept exact (attention sinks); -1 for none")  # fmt: skip
 
 
@@ -1397,7 +1468,7 @@ def kv_spec(args: Namespace) -> KVSpec:
     bits = min(args.abits, 8)  # the specs are made at 16 bits too: that validates them
     specs = {name: QuantSpec(PER_CHANNEL, bits, cap_outliers=cap, **shared) for name in args.perchannel}
     specs |= {name: QuantSpec(PER_TOKEN, bits, **shared) for name in args.pertoken}
-    if args.sparsity_threshold != 0.99 and not args.include_sparse:
+    if args.sparsity_threshold != QuantSpec.sparsity_threshold and not args.include_sparse:
         warn(f"--sparsity_threshold {args.sparsity_threshold:g} has no effect without --include_sparse")
     return specs if args.abits != UNQUANTIZED else {}
 
@@ -1421,15 +1492,27 @@ def calibration_spec(args: Namespace) -> CalibrationSpec:
 
 
 def run(main: Callable[[], None]) -> int:
-    """The exit status of main: 0, 2 after a one-line error for what the user can mend, 130 after Ctrl-C."""
+    """The exit status of main: 0, 2 after a one-line error for what the user can mend, 1 if the system fails, 130 after
+    Ctrl-C, 141 if the reader of stdout has gone.
+    """
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # the scripts' imports end on Ctrl-C without a word
+    sys.stdout.reconfigure(errors="backslashreplace")
     try:
         main()
+        sys.stdout.flush()
         return 0
     except UserError as error:
-        status, message = 2, f"error: {' '.join(str(error).split())}"
+        status, message = 2, f"error: {error}"
     except torch.OutOfMemoryError:
         status, message = 2, "error: out of GPU memory: lower --batch_size or --seqlen, or choose a smaller --dtype"
     except KeyboardInterrupt:
         status, message = 130, "interrupted"
-    print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
+    except BrokenPipeError:
+        status, message = 141, None
+    except OSError as error:
+        status, message = 1, f"error: {error.strerror or error}"
+    if message:
+        print(f"{Path(sys.argv[0]).name}: {' '.join(message.split())}", file=sys.stderr)
+    if status in (1, 141):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python's own flush at exit fails again
     return status

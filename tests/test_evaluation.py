@@ -34,7 +34,7 @@ def test_perplexity_is_that_of_a_plain_loop(model, windows):
 
 @pytest.mark.parametrize("batch_size", [2, 4, 100])
 def test_a_batch_of_windows_is_the_windows_one_by_one(model, windows, batch_size):
-    with qu.simulate_quantization(model, SPECS):
+    with qu.simulate_quantization(model, qu.dynamic_quantizers(model, SPECS)):
         assert qu.evaluate(model, windows, batch_size) == pytest.approx(qu.evaluate(model, windows), rel=1e-4)
 
 
@@ -54,7 +54,7 @@ def test_fewer_bits_cost_more_per_channel_keys_cost_less_and_outliers_help(model
     def ppl(bits, key_axis=qu.PER_CHANNEL, sparse=False):
         key = qu.QuantSpec(key_axis, bits, include_sparse=sparse)
         value = qu.QuantSpec(qu.PER_TOKEN, bits, include_sparse=sparse)
-        with qu.simulate_quantization(model, {"k_proj": key, "v_proj": value}):
+        with qu.simulate_quantization(model, qu.dynamic_quantizers(model, {"k_proj": key, "v_proj": value})):
             return qu.perplexity(qu.evaluate(model, windows), windows.shape[1])
 
     base = qu.perplexity(qu.evaluate(model, windows), windows.shape[1])

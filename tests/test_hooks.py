@@ -10,6 +10,10 @@ SPECS = {"k_proj": qu.QuantSpec(qu.PER_CHANNEL, 3), "v_proj": qu.QuantSpec(qu.PE
 TINY = {"vocab_size": 32, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16}
 
 
+def simulated(model):
+    return qu.simulate_quantization(model, qu.dynamic_quantizers(model, SPECS))
+
+
 def hook_count(model):
     return sum(len(module._forward_hooks) for module in model.modules())
 
@@ -29,7 +33,7 @@ def test_each_projection_gives_the_quantized_value_of_its_own_output(model, wind
     def capture(name):
         return lambda module, args, out: captured.__setitem__(name, (args[0], out))
 
-    with qu.simulate_quantization(model, SPECS):
+    with simulated(model):
         hooks = [getattr(attention, name).register_forward_hook(capture(name)) for name in ("q_proj", *SPECS)]
         model(windows[:2])
     for hook in hooks:
@@ -38,14 +42,14 @@ def test_each_projection_gives_the_quantized_value_of_its_own_output(model, wind
         plain = torch.nn.functional.linear(hidden, getattr(attention, name).weight)
         if name in SPECS:
             assert not torch.equal(plain, given)
-            plain = qu.fake_quantize(plain, SPECS[name], qu.data_free_codebook(SPECS[name]))
+            plain = qu.fake_quantize(plain, qu.Quantizer(SPECS[name], qu.data_free_codebook(SPECS[name])))
         assert torch.equal(plain, given)
 
 
 @torch.inference_mode()
 def test_hooks_are_gone_and_logits_as_before_after_the_block(model, windows):
     before = model(windows[:1]).logits
-    with qu.simulate_quantization(model, SPECS):
+    with simulated(model):
         assert hook_count(model) == 12
         assert not torch.equal(model(windows[:1]).logits, before)
     assert hook_count(model) == 0
@@ -55,7 +59,7 @@ def test_hooks_are_gone_and_logits_as_before_after_the_block(model, windows):
 @torch.inference_mode()
 def test_hooks_are_gone_after_an_exception_inside_the_block(model, windows):
     before = model(windows[:1]).logits
-    with pytest.raises(RuntimeError, match="inside"), qu.simulate_quantization(model, SPECS):
+    with pytest.raises(RuntimeError, match="inside"), simulated(model):
         raise RuntimeError("inside")
     assert hook_count(model) == 0
     assert torch.equal(model(windows[:1]).logits, before)
@@ -83,11 +87,11 @@ def test_no_specs_is_the_model_itself(model, windows):
 def test_a_model_without_the_projections_is_refused_with_those_it_has():
     gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=32, n_positions=16, n_embd=16, n_layer=1, n_head=2))
     with pytest.raises(qu.UserError, match=r"GPT2LMHeadModel has no projection k_proj, v_proj; it has: c_attn, c_proj"):
-        qu.simulate_quantization(gpt2, SPECS)
+        qu.find_sites(gpt2, SPECS)
 
 
 def test_a_model_that_normalizes_keys_after_the_projection_is_refused():
     qwen3 = Qwen3ForCausalLM(Qwen3Config(**TINY, num_key_value_heads=1, head_dim=8))
     with pytest.raises(qu.UserError, match="k_norm"):
-        qu.simulate_quantization(qwen3, SPECS)
+        qu.find_sites(qwen3, SPECS)
     assert len(qu.find_sites(qwen3, {"v_proj": SPECS["v_proj"]})) == 2

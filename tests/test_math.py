@@ -1,6 +1,8 @@
 """The codebooks and fake_quantize, against closed forms, a brute-force loop, properties and the published code."""
 
 import math
+from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,7 +18,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
 def quantized(x, spec):
-    return qu.fake_quantize(x, spec, qu.data_free_codebook(spec))
+    return qu.fake_quantize(x, qu.Quantizer(spec, qu.data_free_codebook(spec)))
 
 
 @st.composite
@@ -34,7 +36,7 @@ def specs(draw, **fixed):
     options = {
         "axis": st.sampled_from([qu.PER_CHANNEL, qu.PER_TOKEN]),
         "bits": st.integers(2, 8),
-        "nf": st.booleans(),
+        "codebook": st.sampled_from(["uniform", "nf"]),
         "include_sparse": st.booleans(),
         "sparsity_threshold": st.floats(0.05, 1.0),
         "first_few_fp16": st.integers(-1, 4),
@@ -120,25 +122,27 @@ def test_one_percent_of_1024_channels_is_12_entries_a_token():
 @pytest.mark.parametrize("codebook", ["uniform", "nf"])
 @pytest.mark.parametrize("tensor", ["k", "v"])
 def test_published_code_gives_the_same(tensor, codebook, axis, sparse, bits):
-    spec = qu.QuantSpec(getattr(qu, f"PER_{axis.upper()}"), bits, codebook == "nf", include_sparse=sparse)
-    levels = qu.data_free_codebook(spec).encode
+    spec = qu.QuantSpec(getattr(qu, f"PER_{axis.upper()}"), bits, codebook, include_sparse=sparse)
+    levels = qu.data_free_codebook(spec).levels
     with np.load(ASSETS / "kvquant_dynamic.npz") as golden:
         x = torch.from_numpy(golden[tensor])
         expected = golden[f"{tensor}_dynamic_{axis}_{codebook}_b{bits}_sparse{int(sparse)}"]
-    ours = qu.fake_quantize(x[None], spec, qu.Codebook.of(levels))[0].numpy()
+    ours = quantized(x[None], spec)[0].numpy()
     if codebook == "uniform":
         np.testing.assert_allclose(ours, expected, atol=1e-5)
         return
     reach = (x.amax(spec.axis, keepdim=True) - x.amin(spec.axis, keepdim=True)).numpy()
     assert (np.abs(ours - expected) <= 1e-3 * reach).all()
     # the published code decodes through fp16 levels; with those it agrees as closely as the uniform one does
-    theirs = qu.fake_quantize(x[None], spec, qu.Codebook(levels, levels.half().float()))[0].numpy()
+    keep, lo, hi = qu.keep_and_range(x[None], qu.Quantizer(spec, qu.Codebook(levels)))
+    theirs = qu.snap(x[None], lo, hi, SimpleNamespace(levels=levels, decoded=levels.half().float()))
+    theirs = torch.where(keep, x, theirs)[0]
     np.testing.assert_allclose(theirs, expected, atol=1e-5)
 
 
 @given(tensors(), specs())
 def test_agrees_with_a_loop_over_single_entries(x, spec):
-    levels = qu.data_free_codebook(spec).encode.double().numpy()
+    levels = qu.data_free_codebook(spec).levels.double().numpy()
     keep, ours = kept(x, spec), quantized(x, spec)
     lines = x.double().numpy() if spec.axis == qu.PER_TOKEN else x.double().transpose(1, 2).numpy()
     held = keep.numpy() if spec.axis == qu.PER_TOKEN else keep.transpose(1, 2).numpy()
@@ -156,7 +160,7 @@ def test_agrees_with_a_loop_over_single_entries(x, spec):
             assert abs(abs(result - value) - nearest) <= rounding(x)
 
 
-@given(tensors(), specs(nf=False, include_sparse=False, first_few_fp16=-1))
+@given(tensors(), specs(codebook="uniform", include_sparse=False, first_few_fp16=-1))
 def test_error_is_at_most_half_a_step(x, spec):
     reach = x.float().amax(spec.axis, keepdim=True) - x.float().amin(spec.axis, keepdim=True)
     error = (quantized(x, spec).float() - x.float()).abs()
@@ -194,26 +198,110 @@ def test_sinks_are_exact_in_every_sequence_and_touch_no_other_token(x, spec):
     ours = quantized(x, spec)
     assert torch.equal(ours[:, :2], x[:, :2])
     assume(x.shape[1] > 2)
-    alone = qu.QuantSpec(spec.axis, spec.bits, spec.nf, spec.include_sparse, spec.sparsity_threshold)
+    alone = replace(spec, first_few_fp16=-1)
     assert torch.equal(ours[:, 2:], quantized(x[:, 2:], alone))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("nf", [False, True])
+@pytest.mark.parametrize("codebook", ["uniform", "nf"])
 @pytest.mark.parametrize("sparse", [False, True])
 @pytest.mark.parametrize("value", [0.0, 0.1, -7.3, 65504.0, 1e-7])
-def test_constant_channel_and_constant_token_come_back_exactly(value, sparse, nf, dtype):
+def test_constant_channel_and_constant_token_come_back_exactly(value, sparse, codebook, dtype):
     for axis in (qu.PER_CHANNEL, qu.PER_TOKEN):
         x = torch.randn(2, 16, 16).to(dtype)
         x.select(1 if axis == qu.PER_TOKEN else 2, 3).fill_(value)
-        ours = quantized(x, qu.QuantSpec(axis, 3, nf, sparse))
+        ours = quantized(x, qu.QuantSpec(axis, 3, codebook, sparse))
         constant = (x if axis == qu.PER_TOKEN else x.transpose(1, 2))[:, 3]
         assert torch.equal((ours if axis == qu.PER_TOKEN else ours.transpose(1, 2))[:, 3], constant)
 
 
+@given(tensors(), st.integers(2, 8))
+def test_integer_zero_point_is_that_of_an_integer_kernel(x, bits):
+    """q = clip(round(x / scale) + zero_point), x = (q - zero_point) * scale, for a range that spans zero."""
+    x = torch.cat([x, torch.zeros_like(x[:, :1])], dim=1)
+    ours = quantized(x, qu.QuantSpec(qu.PER_CHANNEL, bits, clamp=True))
+    y = x.double()
+    scale = (y.amax(1, keepdim=True) - y.amin(1, keepdim=True)) / (2**bits - 1)
+    zero_point = (-y.amin(1, keepdim=True) / scale).round()
+    kernel = ((y / scale).round() + zero_point).clamp(0, 2**bits - 1) - zero_point
+    expected = torch.where(scale > 0, kernel * scale, y)
+    error = (ours.double() - expected).abs()
+    # where an entry or the zero point lies half-way, rounding chooses the side
+    half_way = [(part / scale % 1 - 0.5).abs() < 1e-3 for part in (y, y.amin(1, keepdim=True))]
+    assert ((error <= 2 * rounding(x)) | half_way[0] | half_way[1]).all()
+    assert (ours[:, -1].abs() <= rounding(x)).all()
+
+
+@given(tensors(), specs(axis=qu.PER_CHANNEL, first_few_fp16=-1))
+def test_static_outliers_lie_strictly_outside_and_the_rest_is_clipped(x, spec):
+    quantizer = qu.fit_range(x, spec)
+    other = (x.float() * 1.5 + 0.1).to(x.dtype)
+    ours, y = qu.fake_quantize(other, quantizer).float(), other.float()
+    exact = ((y < quantizer.lo) | (y > quantizer.hi)) & spec.include_sparse
+    assert torch.equal(ours[exact], y[exact])
+    clipped = (ours >= quantizer.lo - rounding(other)) & (ours <= quantizer.hi + rounding(other))
+    assert (clipped | exact).all()
+
+
+@given(st.integers(1, 2), st.integers(1, 6), st.integers(1, 40), st.floats(0.01, 1), st.integers(0, 2**31))
+def test_cap_keeps_the_most_extreme_of_each_token(batch, tokens, channels, fraction, seed):
+    generator = torch.Generator().manual_seed(seed)
+    keep = torch.rand(batch, tokens, channels, generator=generator) < 0.5
+    distance = torch.rand(batch, tokens, channels, generator=generator)
+    capped = qu.cap_per_token(keep, distance, fraction)
+    for b, t in np.ndindex(batch, tokens):
+        candidates = [(distance[b, t, c].item(), c) for c in range(channels) if keep[b, t, c]]
+        expected = {c for _, c in sorted(candidates, reverse=True)[: int(fraction * channels)]}
+        assert set(capped[b, t].nonzero().flatten().tolist()) == expected
+
+
+def test_the_cap_reaches_fake_quantize():
+    x, bound = torch.randn(1, 50, 200), torch.ones(200)
+    spec = qu.QuantSpec(qu.PER_CHANNEL, 2, include_sparse=True)
+    loose = qu.Quantizer(spec, qu.data_free_codebook(spec), -bound, bound)
+    capped = replace(loose, spec=replace(spec, cap_outliers=0.01))
+    kept = [(qu.fake_quantize(x, quantizer) == x).sum(-1) for quantizer in (loose, capped)]
+    assert (kept[0] > 30).all() and (kept[1] == 2).all()
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+@pytest.mark.parametrize("sparse", [0, 1])
+@pytest.mark.parametrize("fisher", [0, 1])
+@pytest.mark.parametrize("codebook", ["uniform", "nuq"])
+def test_published_code_gives_the_same_with_calibrated_keys(codebook, fisher, sparse, bits):
+    with np.load(ASSETS / "kvquant_static.npz") as golden, np.load(ASSETS / "kvquant_dynamic.npz") as inputs:
+        x, lo, hi = (
+            torch.from_numpy(a)
+            for a in (inputs["k"], golden[f"k_lower_sparse{sparse}"], golden[f"k_upper_sparse{sparse}"])
+        )
+        suffix = f"b{bits}_sparse{sparse}"
+        levels = qu.uniform_levels(bits)
+        if codebook == "nuq":
+            suffix += f"_fisher{fisher}"
+            levels = torch.from_numpy(golden[f"k_nuq_levels_{suffix}"]).flatten().sort().values
+        expected = golden[f"k_static_{codebook}_{suffix}"]
+    spec = qu.QuantSpec(qu.PER_CHANNEL, bits, codebook, include_sparse=bool(sparse))
+    ours = qu.fake_quantize(x[None], qu.Quantizer(spec, qu.Codebook(levels), lo.half().float(), hi.half().float()))
+    np.testing.assert_allclose(ours[0], expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+@pytest.mark.parametrize("sparse", [0, 1])
+@pytest.mark.parametrize("fisher", [0, 1])
+def test_published_code_gives_the_same_with_nuq_values(fisher, sparse, bits):
+    suffix = f"b{bits}_sparse{sparse}_fisher{fisher}"
+    with np.load(ASSETS / "kvquant_static.npz") as golden, np.load(ASSETS / "kvquant_dynamic.npz") as inputs:
+        x = torch.from_numpy(inputs["v"])
+        levels = torch.from_numpy(golden[f"v_nuq_levels_{suffix}"]).flatten().sort().values
+        expected = golden[f"v_dynamic_token_nuq_{suffix}"]
+    spec = qu.QuantSpec(qu.PER_TOKEN, bits, "nuq", include_sparse=bool(sparse))
+    ours = qu.fake_quantize(x[None], qu.Quantizer(spec, qu.Codebook(levels)))
+    np.testing.assert_allclose(ours[0], expected, atol=1e-5)
+
+
 def test_the_range_ends_come_back_exactly():
     x = torch.randn(1, 64, 64) + 1000
-    for spec in (qu.QuantSpec(qu.PER_CHANNEL, 4), qu.QuantSpec(qu.PER_TOKEN, 3, nf=True)):
+    for spec in (qu.QuantSpec(qu.PER_CHANNEL, 4), qu.QuantSpec(qu.PER_TOKEN, 3, "nf")):
         ours = quantized(x, spec)
         assert torch.equal(ours.amax(spec.axis), x.amax(spec.axis))
         assert torch.equal(ours.amin(spec.axis), x.amin(spec.axis))
@@ -225,9 +313,18 @@ def test_a_wrong_rank_is_refused():
 
 
 @pytest.mark.parametrize(
-    "bad", [{"bits": 1}, {"bits": 9}, {"sparsity_threshold": 0}, {"sparsity_threshold": 1.1}, {"first_few_fp16": -2}]
+    "bad",
+    [
+        {"bits": 1},
+        {"bits": 9},
+        {"sparsity_threshold": 0},
+        {"sparsity_threshold": 1.1},
+        {"first_few_fp16": -2},
+        {"cap_outliers": 1.5, "include_sparse": True},
+        {"cap_outliers": 0.01},
+    ],
 )
 def test_a_bad_spec_names_the_field_and_the_value(bad):
-    (name, value), *_ = bad.items()
+    name, value = next(iter(bad.items()))
     with pytest.raises(qu.UserError, match=rf"{name}.*{value}"):
         qu.QuantSpec(qu.PER_TOKEN, **bad)
