@@ -17,6 +17,7 @@ ASSETS = ROOT / "tests" / "assets"
 NANO = ASSETS / "llama3-nano"
 SAMPLE = ASSETS / "sample.txt"
 DYNAMIC_SCRIPT = ROOT / "kvquant_simquant_ppl_eval.py"
+CALIBRATED_SCRIPT = ROOT / "kvquant_llama3_simquant.py"
 sys.path.insert(0, str(ROOT))
 settings.register_profile("project", deadline=None, derandomize="CI" in os.environ)
 settings.load_profile("project")

@@ -1,9 +1,12 @@
 """The dynamic script as a user runs it: a process, its output, its exit status."""
 
 import json
+import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -102,6 +105,11 @@ def test_help_and_a_mistyped_flag_wait_for_no_heavy_import(args):
         (("--datasets", "wikitext3"), ("'wikitext3'", "wikitext2", ".jsonl")),
         (("--datasets", "/nowhere/a.txt"), ("'/nowhere/a.txt'", "does not exist")),
         (("--datasets", "a.csv"), ("'a.csv'", ".parquet")),
+        (("--datasets", f"{SAMPLE},{SAMPLE.parent}/./sample.txt"), ("sample.txt", "more than once")),
+        (("--output", ""), ("''", "file name")),
+        (("--output", SAMPLE), ("sample.txt", "also read")),
+        (("--perchannel", "self_attn"), ("self_attn", "q_proj, k_proj")),
+        (("--perchannel", "lm_head"), ("lm_head", "q_proj, k_proj")),
         (("--output", "/nowhere/out.json"), ("'/nowhere/out.json'", "folder")),
         (("--output", "/dev/null"), ("'/dev/null'", "not a regular file")),
     ],
@@ -142,6 +150,64 @@ def test_no_network(tmp_path):
     env = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0"}
     process = run_script(DYNAMIC_SCRIPT, "meta-llama/Llama-3-8B", *TEXT, env=env)
     assert_one_line_error(process, "meta-llama/Llama-3-8B", "hub cannot be reached", "network")
+
+
+def test_a_checkpoint_without_all_tensors_is_refused(tmp_path):
+    model = nano_copy(tmp_path / "gap", num_hidden_layers=7)
+    assert_one_line_error(run_script(DYNAMIC_SCRIPT, model, *TEXT), "gap", "lacks 9 tensors", "model.layers.6")
+
+
+def test_tensors_that_the_config_does_not_name_are_a_warning(tmp_path):
+    process = run_script(DYNAMIC_SCRIPT, nano_copy(tmp_path / "more", num_hidden_layers=5), *TEXT, "--limit", "1")
+    assert process.returncode == 0
+    assert re.match(r"warning: .*more.* has 9 tensors that its config does not name, model.layers.5", process.stderr)
+
+
+def test_a_token_beyond_the_vocabulary_is_an_error(tmp_path):
+    model = nano_copy(tmp_path / "small", vocab_size=100)
+    assert_one_line_error(run_script(DYNAMIC_SCRIPT, model, *TEXT), "token", "the model has 100", "tokenizer")
+
+
+@pytest.mark.parametrize(
+    ("rows", "words"),
+    [
+        ('{"text": "fine"}\n{"text": null}\n', ("line 2", "string")),
+        ('{"text": "\\ud800"}\n', ("line 1", "Unicode")),
+        ("[" * 100_000, ("line 1",)),
+        ("\n\n", ("is empty",)),
+    ],
+)
+def test_odd_rows(tmp_path, rows, words):
+    (tmp_path / "odd.jsonl").write_text(rows)
+    assert_one_line_error(run_script(DYNAMIC_SCRIPT, NANO, "--datasets", tmp_path / "odd.jsonl"), "odd.jsonl", *words)
+
+
+def test_a_reader_of_stdout_that_leaves_is_no_traceback():
+    command = [sys.executable, str(DYNAMIC_SCRIPT), str(NANO), *map(str, TEXT), "--limit", "1"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 141
+
+
+def test_a_full_disk_under_stdout_is_one_line():
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, str(DYNAMIC_SCRIPT), str(NANO), *map(str, TEXT), "--limit", "1"]
+        process = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert process.returncode == 1
+    assert process.stderr == "kvquant_simquant_ppl_eval.py: error: No space left on device\n"
+
+
+@pytest.mark.parametrize("seconds", [0.3, 1, 4])
+def test_ctrl_c_leaves_no_traceback_and_no_file(seconds, tmp_path):
+    command = [sys.executable, DYNAMIC_SCRIPT, NANO, "--datasets", SAMPLE, "--seqlen", "64", "--output", tmp_path / "o"]
+    with subprocess.Popen(list(map(str, command)), stderr=subprocess.PIPE, text=True) as process:
+        time.sleep(seconds)
+        process.send_signal(signal.SIGINT)
+        complaint = process.stderr.read()
+    assert process.returncode in (130, -signal.SIGINT)  # a shell shows both as 130
+    assert complaint in ("", "kvquant_simquant_ppl_eval.py: interrupted\n")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_loss_that_is_not_finite_is_an_error_and_no_figure(tmp_path):

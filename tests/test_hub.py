@@ -4,15 +4,15 @@ import json
 import sys
 
 import pytest
-from conftest import DYNAMIC_SCRIPT, ROOT, assert_one_line_error, run_script
+from conftest import CALIBRATED_SCRIPT, DYNAMIC_SCRIPT, ROOT, assert_one_line_error, run_script
 
 SHARED = ROOT.parent / "shared"
 LOCALHUB = (sys.executable, SHARED / "localhub.py", SHARED / "hub", "--")
 pytestmark = pytest.mark.skipif(not (SHARED / "localhub.py").is_file(), reason="needs ../shared/localhub.py")
 
 
-def on_hub(*args):
-    return run_script(DYNAMIC_SCRIPT, *args, prefix=LOCALHUB)
+def on_hub(*args, script=DYNAMIC_SCRIPT):
+    return run_script(script, *args, prefix=LOCALHUB)
 
 
 def test_wikitext2_and_c4_by_their_hub_names(tmp_path):
@@ -41,6 +41,17 @@ def test_the_first_20_windows_have_the_known_perplexity(flags, low, high, tmp_pa
     process = on_hub("local/llama3-nano", *flags, "--limit", "20", "--output", tmp_path / "out.json")
     assert process.returncode == 0, process.stderr
     assert low <= json.loads((tmp_path / "out.json").read_text())["results"][0]["ppl"] < high
+
+
+def test_calibration_by_hub_names_is_at_or_below_the_published_functions(tmp_path):
+    """First 20 windows, 8 calibration windows, seed 0; NUQ, Fisher, 1 % outliers: the published functions give 17.689."""
+    flags = ("--calibrate", "--abits", "2", "--nuq", "--fisher", "--include_sparse", "--nsamples", "8")
+    fit = on_hub("meta-llama/Llama-3-8B", *flags, "--quantizer_path", tmp_path / "q.pkl", script=CALIBRATED_SCRIPT)
+    assert fit.returncode == 0, fit.stderr
+    output = ("--quantizer_path", tmp_path / "q.pkl", "--limit", "20", "--output", tmp_path / "out.json")
+    process = on_hub("meta-llama/Llama-3-8B", *output, script=CALIBRATED_SCRIPT)
+    assert process.returncode == 0, process.stderr
+    assert json.loads((tmp_path / "out.json").read_text())["results"][0]["ppl"] <= 17.689
 
 
 def test_a_gated_repository():
