@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ASSETS, SAMPLE
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import quant_utils as qu
@@ -80,6 +80,7 @@ def test_levels_reach_the_optimum_over_all_partitions(samples):
     assert ours <= 1.0001 * optimum + weights.sum().item() * (2 / qu.COARSE) ** 2
 
 
+@settings(max_examples=25)
 @given(st.integers(0, 2**31), st.integers(2, 8), st.floats(0, 12))
 def test_levels_are_sorted_finite_and_inside_whatever_the_weights(seed, bits, spread):
     generator = torch.Generator().manual_seed(seed)

@@ -13,6 +13,8 @@ import torch
 from conftest import DYNAMIC_SCRIPT, NANO, ROOT, SAMPLE, assert_one_line_error, run_script
 from safetensors.torch import load_file, save_file
 
+import quant_utils as qu
+
 TEXT = ("--datasets", SAMPLE, "--seqlen", "512")
 
 
@@ -48,13 +50,29 @@ def test_table_on_stdout_and_the_same_figures_in_json(tmp_path):
     assert shown["tokens"] == "2044"
 
 
-def test_a_json_list_is_a_list_of_words_and_a_projection_in_neither_list_stays_unquantized():
-    common = (NANO, *TEXT, "--limit", "1", "--abits", "2")
-    json_list = run_script(DYNAMIC_SCRIPT, *common, "--perchannel", '["k_proj"]', "--pertoken", "[]")
-    words = run_script(DYNAMIC_SCRIPT, *common, "--perchannel", "k_proj", "--pertoken")
-    both = run_script(DYNAMIC_SCRIPT, *common)
-    perplexity = [process.stdout.split()[9] for process in (json_list, words, both)]
-    assert perplexity[0] == perplexity[1] < perplexity[2]
+@pytest.mark.parametrize(
+    ("words", "names"),
+    [
+        (['["k_proj"]'], ["k_proj"]),
+        (['["k_proj",', '"v_proj"]'], ["k_proj", "v_proj"]),
+        (["k_proj", "v_proj"], ["k_proj", "v_proj"]),
+        (["k_proj,v_proj"], ["k_proj", "v_proj"]),
+        (["[]"], []),
+        ([], []),
+    ],
+)
+def test_projections_are_a_json_list_or_plain_words_or_nothing(words, names):
+    parser = qu.Parser()
+    qu.add_quantization_flags(parser)
+    assert parser.parse_args(["--perchannel", *words]).perchannel == names
+
+
+def test_a_projection_in_neither_list_stays_unquantized():
+    common = (NANO, *TEXT, "--limit", "1")
+    none = run_script(DYNAMIC_SCRIPT, *common, "--abits", "2", "--perchannel", "[]", "--pertoken")
+    baseline = run_script(DYNAMIC_SCRIPT, *common, "--abits", "16")
+    assert none.stdout.split()[9] == baseline.stdout.split()[9]  # the perplexity
+    assert "k_proj" not in none.stdout
 
 
 def test_seqlen_beyond_the_models_positions_is_a_warning(tmp_path):
