@@ -56,6 +56,7 @@ def take_stored_settings(args: Namespace, given: dict, stored: dict) -> None:
 
 
 def calibrate(args: Namespace) -> None:
+    """Fit, save, and print how well the quantizers fit and how to evaluate them."""
     specs, which, how = qu.kv_spec(args), qu.model_spec(args), qu.calibration_spec(args)
     if not specs:
         raise qu.UserError("--calibrate has nothing to fit with --abits 16, or without --perchannel and --pertoken")
@@ -82,6 +83,7 @@ def calibrate(args: Namespace) -> None:
 
 
 def evaluate(args: Namespace, given: dict) -> None:
+    """Measure the perplexity with the quantizers of --quantizer_path, or without any at 16 bits."""
     stored = None
     if args.abits != qu.UNQUANTIZED:
         if args.quantizer_path is None:
@@ -109,6 +111,7 @@ def evaluate(args: Namespace, given: dict) -> None:
 
 
 def main() -> None:
+    """Calibrate or evaluate."""
     args, given = parse_args()
     if args.calibrate:
         calibrate(args)

@@ -7,6 +7,7 @@ Quantization is simulated: this measures accuracy, and saves neither memory nor 
 
 import signal
 import sys
+from argparse import Namespace
 
 signal.signal(signal.SIGINT, signal.SIG_DFL)  # until qu.run takes over: Ctrl-C while torch loads ends us at once
 
@@ -19,7 +20,8 @@ EXAMPLES = """examples:
 """
 
 
-def parse_args():
+def parse_args() -> Namespace:
+    """Every flag, with its default."""
     parser = qu.Parser(description=__doc__, epilog=EXAMPLES)
     qu.add_model_flags(parser)
     qu.add_quantization_flags(parser)
@@ -29,6 +31,7 @@ def parse_args():
 
 
 def main() -> None:
+    """Parse, load, evaluate, report."""
     args = parse_args()
     specs, text, which = qu.kv_spec(args), qu.eval_spec(args), qu.model_spec(args)
     if args.output is not None:

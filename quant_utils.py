@@ -494,6 +494,11 @@ def execution_device(module: nn.Module) -> torch.device:
     return torch.device(getattr(hook, "execution_device", None) or module.weight.device)
 
 
+def dtype_name(model: nn.Module) -> str:
+    """Such as bfloat16."""
+    return str(model.dtype).removeprefix("torch.")
+
+
 @contextmanager
 def hooked(sites: Mapping[str, nn.Module], transform: Callable[[str], Callable[[Tensor], Tensor]]) -> Iterator[None]:
     """Inside the block each site's output passes through transform(name); the hooks go whatever happens inside."""
@@ -651,7 +656,8 @@ def fisher_histograms(
     def watch(name: str) -> Callable[[Tensor], Tensor]:
         def on_output(out: Tensor) -> Tensor:
             def on_gradient(grad: Tensor) -> None:
-                totals[name] = totals[name] + nuq_histogram(seen, local[name], grad / (out.shape[1] - 1), weighting)
+                mean_grad = grad.float() / (grad.shape[1] - 1)  # the loss below is a sum, which fp16 does not underflow
+                totals[name] = totals[name] + nuq_histogram(seen, local[name], mean_grad, weighting)
 
             seen = out.detach()
             out = out if out.requires_grad else seen.requires_grad_()
@@ -706,7 +712,10 @@ def calibrate(
     seen = record_activations(model, sites, windows)
 
     def activations(name: str) -> Tensor:
-        return seen[name].to(execution_device(sites[name]))
+        x = seen[name].to(execution_device(sites[name]))
+        if not x.isfinite().all():
+            raise UserError(f"{name} overflows in {dtype_name(model)}: try --dtype bfloat16 or float32")
+        return x
 
     quantizers = {name: fit_range(activations(name), specs[name.rpartition(".")[2]]) for name in sites}
     to_fit = {name: quantizer for name, quantizer in quantizers.items() if quantizer.spec.codebook == "nuq"}
@@ -794,7 +803,9 @@ def save_calibration(path: str, quantizers: Mapping[str, Quantizer], record: Map
         for name, q in quantizers.items()
     }
     data = {"format": FILE_FORMAT, "format_version": FILE_VERSION, **record, "quantizers": tensors}
-    write_atomically(path, lambda file: torch.save(data, file))
+    content = io.BytesIO()
+    torch.save(data, content)
+    write_atomically(path, lambda file: file.write(content.getbuffer()))
 
 
 def versions() -> dict[str, str]:
@@ -1251,7 +1262,7 @@ def evaluate(model: nn.Module, windows: Tensor, batch_size: int = 1, label: str 
             for loss in batch.tolist():
                 losses.append(loss)
                 if not math.isfinite(perplexity(losses, windows.shape[1])):
-                    dtype = str(model.dtype).removeprefix("torch.")
+                    dtype = dtype_name(model)
                     advice = (
                         "this model gives no finite loss" if dtype == "float32" else "try --dtype bfloat16 or float32"
                     )
@@ -1335,10 +1346,6 @@ def environment(model: nn.Module) -> dict:
     """What a figure depends on besides the settings: versions, device, dtype."""
     name = torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else "cpu"
     return {"versions": versions(), "device": str(model.device), "device_name": name, "dtype": dtype_name(model)}
-
-
-def dtype_name(model: nn.Module) -> str:
-    return str(model.dtype).removeprefix("torch.")
 
 
 def write_json(path: str, data: Mapping) -> None:

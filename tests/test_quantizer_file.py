@@ -222,11 +222,11 @@ def test_an_interrupted_save_leaves_the_old_file(saved, quantizers, model, tmp_p
     path = tmp_path / "q.pkl"
     path.write_bytes(b"old")
 
-    def interrupted(data, file):
-        file.write(b"half a file")
+    def interrupted(descriptor):
+        assert any(file.name.endswith(".partial") and file.stat().st_size > 1000 for file in tmp_path.iterdir())
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(torch, "save", interrupted)
+    monkeypatch.setattr(os, "fsync", interrupted)
     with pytest.raises(KeyboardInterrupt):
         qu.save_calibration(str(path), quantizers, qu.provenance(model, "nano", FLAGS, 256))
     assert path.read_bytes() == b"old" and [file.name for file in tmp_path.iterdir()] == ["q.pkl"]
