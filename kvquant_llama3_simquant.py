@@ -47,12 +47,17 @@ def parse_args() -> tuple[Namespace, dict]:
 
 def take_stored_settings(args: Namespace, given: dict, stored: dict) -> None:
     """Set what the command line leaves out to what the quantizer file says; refuse a contradiction."""
+
+    def comparable(value):
+        return sorted(value) if isinstance(value, list) else value
+
     for name, value in stored.items():
-        if name in given and given[name] != value:
-            stands = f"{args.quantizer_path!r} was calibrated with {name} {value}"
-            raise qu.UserError(f"--{name} {given[name]} contradicts the file: {stands}; leave the flag out")
-        if name in QUANTIZATION + CALIBRATION:
-            setattr(args, name, value)
+        if name in given and comparable(given[name]) != comparable(value):
+            sides = f"{given[name]} on the command line contradicts {value} in {args.quantizer_path!r}"
+            raise qu.UserError(f"{name}: {sides}; leave the flag out, or calibrate again")
+        setattr(args, name, value)
+    if "abits" not in stored and "abits" not in given:
+        raise qu.UserError(f"{args.quantizer_path!r} does not say how many bits it is for: give --abits")
 
 
 def calibrate(args: Namespace) -> None:
@@ -62,9 +67,9 @@ def calibrate(args: Namespace) -> None:
         raise qu.UserError("--calibrate has nothing to fit with --abits 16, or without --perchannel and --pertoken")
     if args.quantizer_path is None:
         raise qu.UserError("--calibrate needs --quantizer_path FILE to save the quantizers to")
-    qu.check_writable(args.quantizer_path, [how.dataset, args.export_kvquant])
-    if args.export_kvquant is not None:
-        qu.check_writable(args.export_kvquant, [how.dataset])
+    if args.output is not None:
+        raise qu.UserError(f"--output {args.output} is for an evaluation's results: leave it out with --calibrate")
+    qu.check_writable([args.quantizer_path, args.export_kvquant], [how.dataset])
 
     qu.quiet_libraries()
     config, tokenizer = qu.load_config_and_tokenizer(which.name)
@@ -78,22 +83,28 @@ def calibrate(args: Namespace) -> None:
     if args.export_kvquant is not None:
         qu.export_kvquant(args.export_kvquant, quantizers)
     print(qu.fit_table({name: fit for name, (_, fit) in fitted.items()}))
-    command = ["python3", sys.argv[0], which.name, "--quantizer_path", args.quantizer_path, "--datasets", "wikitext2"]
+    command = ["python3", sys.argv[0], which.name, "--quantizer_path", args.quantizer_path]
+    command += ["--datasets", how.dataset, "--seqlen", str(how.seqlen)]
+    for name in ("dtype", "device", "attn_implementation"):
+        command += [f"--{name}", getattr(args, name)] if getattr(args, name) != "auto" else []
     print(f"\nSaved to {args.quantizer_path}. To evaluate:\n{shlex.join(command)}")
 
 
 def evaluate(args: Namespace, given: dict) -> None:
     """Measure the perplexity with the quantizers of --quantizer_path, or without any at 16 bits."""
     stored = None
-    if args.abits != qu.UNQUANTIZED:
+    if args.abits == qu.UNQUANTIZED:
+        if args.quantizer_path is not None:
+            qu.warn(f"--abits {args.abits} is the unquantized baseline: {args.quantizer_path!r} is not used")
+    else:
         if args.quantizer_path is None:
             raise qu.UserError("--quantizer_path FILE is missing: make one with --calibrate, or give --abits 16")
         stored = qu.load_calibration(args.quantizer_path)
         take_stored_settings(args, given, stored["settings"])
     specs, text, which = qu.kv_spec(args), qu.eval_spec(args), qu.model_spec(args)
-    for path in (args.export_kvquant, args.output):
-        if path is not None:
-            qu.check_writable(path, [*text.datasets, args.quantizer_path])
+    if args.export_kvquant is not None and not specs:
+        raise qu.UserError(f"--export_kvquant {args.export_kvquant} has nothing to write: nothing is quantized")
+    qu.check_writable([args.export_kvquant, args.output], [*text.datasets, args.quantizer_path])
 
     qu.quiet_libraries()
     config, tokenizer = qu.load_config_and_tokenizer(which.name)

@@ -34,8 +34,7 @@ def main() -> None:
     """Parse, load, evaluate, report."""
     args = parse_args()
     specs, text, which = qu.kv_spec(args), qu.eval_spec(args), qu.model_spec(args)
-    if args.output is not None:
-        qu.check_writable(args.output, text.datasets)
+    qu.check_writable([args.output], text.datasets)
 
     qu.quiet_libraries()
     config, tokenizer = qu.load_config_and_tokenizer(which.name)

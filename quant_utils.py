@@ -35,6 +35,7 @@ import signal
 import sys
 import time
 import warnings
+import zipfile
 from argparse import Action, ArgumentDefaultsHelpFormatter, ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -43,7 +44,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from types import NoneType
-from typing import BinaryIO, ClassVar
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -76,7 +77,7 @@ class QuantSpec:
     include_sparse      keep outliers exact (dense-and-sparse, KVQuant, arXiv:2401.18079, section 3.4)
     sparsity_threshold  p in (0, 1]: the tails of the quantiles (1-p)/2 and 1-(1-p)/2 are outliers
     first_few_fp16      leading tokens of every window kept exact (attention sinks); -1 or 0 for none
-    clamp               round the zero point of uniform levels to an integer in 0..L-1, as integer kernels do
+    clamp               round the zero point of uniform levels to an integer, as integer kernels do
     cap_outliers        at most this fraction of a token's entries stay exact (calibrated ranges only); None for all
     """
 
@@ -108,6 +109,7 @@ class QuantSpec:
 
     @property
     def sink_tokens(self) -> int:
+        """first_few_fp16 as a count."""
         return max(0, self.first_few_fp16)
 
     def __str__(self) -> str:
@@ -168,6 +170,36 @@ class EvalSpec:
 
 
 @dataclass(frozen=True)
+class CalibrationSpec:
+    """What static quantizers are fitted on, and how.
+
+    dataset   a name in DATASETS (its train split), or a text file
+    nsamples  windows; seqlen tokens each, cut at random places drawn with seed
+    fisher    weigh the NUQ fit: "paper" by F times the squared range of the entry's channel or token, because the error
+              is made in normalized units (KVQuant, arXiv:2401.18079, section 3.3); "code" by F alone, as the published
+              code does; None not at all. F is the squared gradient of the window's mean next-token loss
+    q_norm    let the decoded levels keep the inliers' mean and standard deviation (Q-Norm)
+    """
+
+    dataset: str = "wikitext2"
+    nsamples: int = 16
+    seqlen: int = 2048
+    seed: int = 0
+    fisher: str | None = None
+    q_norm: bool = False
+
+    def __post_init__(self):
+        for name, least in (("nsamples", 1), ("seqlen", 2)):
+            if getattr(self, name) < least:
+                raise UserError(f"{name} must be at least {least}, got {getattr(self, name)}")
+        check_dataset_name(self.dataset)
+        if not 0 <= self.seed < 2**63:
+            raise UserError(f"seed must be in 0..2**63-1, got {str(self.seed)[:40]}")
+        if self.fisher not in (None, "paper", "code"):
+            raise ValueError(f"fisher must be None, 'paper' or 'code', got {self.fisher!r}")
+
+
+@dataclass(frozen=True)
 class ModelSpec:
     """Which model, and how it is loaded; `auto` is resolved by load_model.
 
@@ -207,7 +239,7 @@ class ModelSpec:
 # 2. Codebooks: the levels inside [-1, 1]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Codebook:
     """Sorted levels [L] to search; what they decode to differs only by Q-Norm's scale and offset."""
 
@@ -255,43 +287,45 @@ def nearest_level(unit: Tensor, levels: Tensor) -> Tensor:
     return torch.bucketize(unit, (levels[1:] + levels[:-1]) / 2)
 
 
-COARSE, FINE = 1024, 64  # k-means sees [-1, 1] as COARSE bins, each of FINE fine ones
+BINS, EDGES = 65536, 512  # k-means sees [-1, 1] as BINS bins, and places its first borders among 2 * EDGES edges
 NEGLIGIBLE = 1e-12  # of the total weight: below it, a difference of running totals is rounding error
 
 
 def weighted_histogram(unit: Tensor, weights: Tensor | None = None) -> Tensor:
-    """[2, COARSE * FINE] fp64: total weight and total weight * value of samples unit [N] in every bin of [-1, 1].
+    """[2, BINS] fp64: total weight and total weight * value of samples unit [N] in every bin of [-1, 1].
 
     Histograms of parts add up to that of the whole. Samples outside [-1, 1] count in the outermost bins.
     """
-    bins = COARSE * FINE
-    index = ((unit + 1) * (bins / 2)).long().clamp(0, bins - 1)
+    index = ((unit + 1) * (BINS / 2)).long().clamp(0, BINS - 1)
     mass = torch.ones_like(unit, dtype=torch.float64) if weights is None else weights.double()
-    return torch.stack([index.bincount(each, minlength=bins) for each in (mass, mass * unit)])
+    return torch.stack([index.bincount(each, minlength=BINS) for each in (mass, mass * unit)])
 
 
 def kmeans_levels(histogram: Tensor, bits: int) -> Tensor:
-    """[L] centroids of the optimal weighted 1-D k-means over a weighted_histogram [2, COARSE * FINE].
+    """[L] centroids of the weighted 1-D k-means over a weighted_histogram [2, BINS].
 
     In one dimension clusters are intervals, so dynamic programming finds the best L of them (Wang and Song, R Journal
-    2011): exactly, over the coarse bins. Lloyd steps over the fine bins then place the borders between bins. What is
-    maximized is the sum of moment**2 / mass over the intervals: the squared error is a constant less that.
-    No randomness; time and memory do not depend on the number of samples.
+    2011): exactly, for borders among EDGES edges at equal distances and EDGES at equal shares of the weight. Lloyd
+    steps then move the borders over all bins. What is maximized is the sum of moment**2 / mass over the intervals:
+    the squared error is a constant less that. No random start; the cost does not depend on the number of samples.
     """
-    mass, moment = F.pad(histogram.view(2, COARSE, FINE).sum(-1).cumsum(1), (1, 0))  # totals left of every edge
+    totals = F.pad(histogram.cumsum(1), (1, 0))  # [2, BINS + 1]: mass and moment left of every bin edge
+    spaced = torch.linspace(0, BINS, EDGES + 1, device=histogram.device).long()
+    shares = torch.linspace(0, 1, EDGES + 1, dtype=torch.float64, device=histogram.device) * totals[0, -1]
+    edges = torch.cat([spaced, torch.searchsorted(totals[0], shares).clamp(max=BINS)]).unique()  # [E]
+    mass, moment = totals[:, edges]
     interval_mass = mass[None, :] - mass[:, None]  # [from edge, to edge]
     gain = (moment[None, :] - moment[:, None]).square() / interval_mass
     gain = gain.where(interval_mass > NEGLIGIBLE * mass[-1], 0)
-    edge = torch.arange(COARSE + 1, device=histogram.device)
-    gain = gain.where(edge[:, None] <= edge[None, :], -math.inf)  # no interval runs backwards
+    gain = gain.where(edges[:, None] <= edges[None, :], -math.inf)  # no interval runs backwards
     best, starts = gain[0], []  # best[e]: gain of the best cut of everything left of edge e
     for _ in range(2**bits - 1):
         best, start = (best[:, None] + gain).max(0)
         starts.append(start)
-    edges = [COARSE]
+    ends = [len(edges) - 1]
     for start in reversed(torch.stack(starts).tolist()):
-        edges.append(start[edges[-1]])
-    return lloyd(histogram, torch.tensor(edges[::-1], device=histogram.device) * FINE).float()
+        ends.append(start[ends[-1]])
+    return lloyd(histogram, edges[ends[::-1]]).float()
 
 
 def lloyd(histogram: Tensor, edges: Tensor, steps: int = 100) -> Tensor:
@@ -343,21 +377,6 @@ def tail_quantiles(x: Tensor, threshold: float, axis: int) -> tuple[Tensor, Tens
     return ends[0], ends[1]
 
 
-def outlier_mask(x: Tensor, spec: QuantSpec) -> Tensor:
-    """Bool [B,T,C]: the entries of x [B,T,C] at or beyond the tail quantiles along axis, if spec is sparse."""
-    if not spec.include_sparse:
-        return torch.zeros_like(x, dtype=torch.bool)
-    lower, upper = tail_quantiles(x, spec.sparsity_threshold, spec.axis)
-    return (x <= lower) | (x >= upper)
-
-
-def inlier_range(x: Tensor, keep: Tensor, axis: int) -> tuple[Tensor, Tensor]:
-    """(lo, hi): least and greatest entry of x that keep leaves out, axis reduced to size 1; (inf, -inf) if none is."""
-    lo = x.masked_fill(keep, math.inf).amin(axis, keepdim=True)
-    hi = x.masked_fill(keep, -math.inf).amax(axis, keepdim=True)
-    return lo, hi
-
-
 def snap(x: Tensor, lo: Tensor, hi: Tensor, codebook: Codebook) -> Tensor:
     """x rounded to the nearest level of codebook, stretched from [-1, 1] over [lo, hi] (both broadcast to x).
 
@@ -369,20 +388,19 @@ def snap(x: Tensor, lo: Tensor, hi: Tensor, codebook: Codebook) -> Tensor:
 
 def cap_per_token(keep: Tensor, distance: Tensor, fraction: float) -> Tensor:
     """keep [B,T,C] with at most fraction * C entries of a token left, those of the greatest distance [B,T,C]."""
-    most = int(fraction * keep.shape[-1])
+    most = math.floor(fraction * keep.shape[-1] + 1e-9)  # 0.29 * 100 is less than 29
     far = distance.masked_fill(~keep, -math.inf).topk(most, dim=-1).indices
     return keep & torch.zeros_like(keep).scatter(-1, far, True)
 
 
 def integer_zero_point(lo: Tensor, hi: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """(lo, hi) moved by less than a step so that zero is a level: the zero point is an integer in 0..L-1."""
+    """(lo, hi) moved by at most half a step, so that lo is a whole number of steps from zero."""
     step = (hi - lo) / (2**bits - 1)
-    zero_point = torch.where(step > 0, lo / step, 0).round().clamp(1 - 2**bits, 0)
-    moved = zero_point * step
-    return torch.where(step > 0, moved, lo), torch.where(step > 0, moved + (hi - lo), hi)
+    moved = torch.where(step > 0, (lo / step).round() * step, lo)
+    return moved, moved + (hi - lo)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Quantizer:
     """All that quantizes one projection's output: how, with which levels, and over which range.
 
@@ -394,11 +412,17 @@ class Quantizer:
     lo: Tensor | None = None
     hi: Tensor | None = None
 
+    def __post_init__(self):
+        if self.spec.cap_outliers is not None and not self.is_static:
+            raise ValueError("cap_outliers needs a calibrated range")
+
     @property
     def is_static(self) -> bool:
+        """Whether the range is calibrated."""
         return self.lo is not None
 
     def to(self, device: torch.device) -> Quantizer:
+        """The same with its tensors on device."""
         bounds = [None if bound is None else bound.to(device) for bound in (self.lo, self.hi)]
         return Quantizer(self.spec, self.codebook.to(device), *bounds)
 
@@ -406,19 +430,23 @@ class Quantizer:
 def keep_and_range(y: Tensor, quantizer: Quantizer) -> tuple[Tensor, Tensor, Tensor]:
     """(keep, lo, hi) for y [B,T,C]: which entries stay exact (bool [B,T,C]), and the range, broadcasting to y.
 
-    Dynamic: outliers are at or beyond the quantiles of y, and the range is that of the others.
+    Dynamic: outliers are at or beyond the quantiles of y, and the range is that of the others ((inf, -inf) if none is).
     Calibrated: the range is given, and outliers lie strictly outside; without outliers, the codebook clips to it.
     """
-    spec = quantizer.spec
+    spec, lo, hi = quantizer.spec, quantizer.lo, quantizer.hi
+    keep = torch.zeros_like(y, dtype=torch.bool)
+    if spec.include_sparse and quantizer.is_static:
+        keep = (y < lo) | (y > hi)
+    elif spec.include_sparse:
+        lower, upper = tail_quantiles(y, spec.sparsity_threshold, spec.axis)
+        keep = (y <= lower) | (y >= upper)
     if not quantizer.is_static:
-        keep = outlier_mask(y, spec)
-        return keep, *inlier_range(y, keep, spec.axis)
-    lo, hi = quantizer.lo, quantizer.hi
-    if not spec.include_sparse:
-        return torch.zeros_like(y, dtype=torch.bool), lo, hi
-    keep = (y < lo) | (y > hi)
+        lo = y.masked_fill(keep, math.inf).amin(spec.axis, keepdim=True)
+        hi = y.masked_fill(keep, -math.inf).amax(spec.axis, keepdim=True)
     if spec.cap_outliers is not None:
         keep = cap_per_token(keep, ((y - lo) / (hi - lo) - 0.5).abs(), spec.cap_outliers)
+    if spec.clamp:
+        lo, hi = integer_zero_point(lo, hi, spec.bits)
     return keep, lo, hi
 
 
@@ -435,8 +463,6 @@ def fake_quantize(x: Tensor, quantizer: Quantizer) -> Tensor:
         return x
     y = body.float()
     keep, lo, hi = keep_and_range(y, quantizer)
-    if spec.clamp:
-        lo, hi = integer_zero_point(lo, hi, spec.bits)
     snapped = snap(y, lo, hi, quantizer.codebook).to(x.dtype)
     return torch.cat([sinks, torch.where(keep, body, snapped)], dim=1)
 
@@ -467,6 +493,11 @@ def projections(model: nn.Module) -> dict[str, nn.Module]:
     return found
 
 
+def output_width(module: nn.Module) -> int:
+    """C, the width of a projection's output (quantized weights are packed, so their shape does not tell)."""
+    return getattr(module, "out_features", None) or module.weight.shape[-1]
+
+
 def find_sites(model: nn.Module, specs: Collection[str]) -> dict[str, nn.Module]:
     """{"model.layers.0.self_attn.k_proj": Linear, ...}: every projection whose last name specs has, in model order.
 
@@ -488,20 +519,19 @@ def find_sites(model: nn.Module, specs: Collection[str]) -> dict[str, nn.Module]
     return sites
 
 
-def execution_device(module: nn.Module) -> torch.device:
-    """Where module computes: accelerate's word for an offloaded module, whose weights lie on the meta device."""
-    hook = getattr(module, "_hf_hook", None)
-    return torch.device(getattr(hook, "execution_device", None) or module.weight.device)
-
-
 def dtype_name(model: nn.Module) -> str:
     """Such as bfloat16."""
     return str(model.dtype).removeprefix("torch.")
 
 
 @contextmanager
-def hooked(sites: Mapping[str, nn.Module], transform: Callable[[str], Callable[[Tensor], Tensor]]) -> Iterator[None]:
-    """Inside the block each site's output passes through transform(name); the hooks go whatever happens inside."""
+def hooked(
+    sites: Mapping[str, nn.Module], transform: Callable[[str], Callable[[Tensor], Tensor | None]]
+) -> Iterator[None]:
+    """Inside the block each site's output passes through transform(name), or stays as it is where that returns None.
+
+    The hooks go whatever happens inside.
+    """
     handles = []
     try:
         for name, module in sites.items():
@@ -524,40 +554,13 @@ def simulate_quantization(model: nn.Module, quantizers: Mapping[str, Quantizer])
     sites = {name: model.get_submodule(name) for name in quantizers}
 
     def transform(name: str) -> Callable[[Tensor], Tensor]:
-        return partial(fake_quantize, quantizer=quantizers[name].to(execution_device(sites[name])))
+        return partial(fake_quantize, quantizer=quantizers[name].to(sites[name].weight.device))
 
     return hooked(sites, transform)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # 5. Calibration: observe the projections on sample text, fit, save, load
-
-
-@dataclass(frozen=True)
-class CalibrationSpec:
-    """What static quantizers are fitted on, and how.
-
-    dataset   a name in DATASETS (its train split), or a text file
-    nsamples  windows; seqlen tokens each, cut at random places drawn with seed
-    fisher    weigh the NUQ fit: "paper" by F times the squared range of the entry's channel or token, because the error
-              is made in normalized units (KVQuant, arXiv:2401.18079, section 3.3); "code" by F alone, as the published
-              code does; None not at all. F is the squared gradient of the window's mean next-token loss
-    q_norm    let the decoded levels keep the inliers' mean and standard deviation (Q-Norm)
-    """
-
-    dataset: str = "wikitext2"
-    nsamples: int = 16
-    seqlen: int = 2048
-    seed: int = 0
-    fisher: str | None = None
-    q_norm: bool = False
-
-    def __post_init__(self):
-        if self.nsamples < 1:
-            raise UserError(f"nsamples must be at least 1, got {self.nsamples}")
-        check_dataset_name(self.dataset)
-        if self.fisher not in (None, "paper", "code"):
-            raise ValueError(f"fisher must be None, 'paper' or 'code', got {self.fisher!r}")
 
 
 @dataclass(frozen=True)
@@ -575,29 +578,29 @@ def record_activations(model: nn.Module, sites: Mapping[str, nn.Module], windows
     from tqdm import tqdm
 
     count, seqlen = windows.shape
-    channels = {name: module.weight.shape[0] for name, module in sites.items()}
-    need, free = count * seqlen * sum(channels.values()) * model.dtype.itemsize, free_memory(torch.device("cpu"))
+    need, free = windows.numel() * sum(map(output_width, sites.values())) * model.dtype.itemsize, free_memory("cpu")
     if need > free:
         advice = f"{free / 2**30:.1f} GiB are free: lower nsamples (now {count}) or seqlen (now {seqlen})"
         raise UserError(f"calibration activations take {need / 2**30:.1f} GiB of host memory, but {advice}")
-    seen = {name: torch.empty(count, seqlen, width, dtype=model.dtype) for name, width in channels.items()}
+    blank = torch.tensor(math.nan, dtype=model.dtype)  # of what never runs, which calibrate finds
+    seen = {name: blank.repeat(count, seqlen, output_width(module)) for name, module in sites.items()}
 
-    def keep_output(name: str) -> Callable[[Tensor], None]:
-        def on_output(out: Tensor) -> None:
-            seen[name][window].copy_(out[0])
+    def record(name: str, window: int, out: Tensor) -> None:
+        seen[name][window] = out[0]
 
-        return on_output
-
-    with torch.inference_mode(), hooked(sites, keep_output):
+    with torch.inference_mode():
         for window in tqdm(range(count), desc="calibrate: activations", unit="window", leave=False, disable=None):
-            model.base_model(input_ids=windows[window : window + 1].to(model.device), use_cache=False)
+            with hooked(sites, lambda name, window=window: partial(record, name, window)):
+                model.base_model(input_ids=windows[window : window + 1].to(model.device), use_cache=False)
     return seen
 
 
-def free_memory(device: torch.device) -> int:
+def free_memory(device: torch.device | str) -> int:
     """Bytes that can still be had on device."""
+    device = torch.device(device)
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + cached
     import psutil
 
     return psutil.virtual_memory().available
@@ -650,7 +653,7 @@ def fisher_histograms(
     from tqdm import tqdm
 
     sites = {name: model.get_submodule(name) for name in quantizers}
-    local = {name: quantizer.to(execution_device(sites[name])) for name, quantizer in quantizers.items()}
+    local = {name: quantizer.to(sites[name].weight.device) for name, quantizer in quantizers.items()}
     totals = dict.fromkeys(quantizers, 0)
 
     def watch(name: str) -> Callable[[Tensor], Tensor]:
@@ -670,6 +673,9 @@ def fisher_histograms(
         for ids in tqdm(windows, desc="calibrate: Fisher information", unit="window", leave=False, disable=None):
             ids = ids[None].to(model.device)
             token_nll(model(input_ids=ids, use_cache=False).logits, ids).sum().backward()
+    for name, total in totals.items():
+        if not total.isfinite().all():
+            raise UserError(f"gradients at {name} overflow in {dtype_name(model)}: try --dtype bfloat16 or float32")
     return totals
 
 
@@ -677,11 +683,12 @@ def fisher_histograms(
 def checkpointing_if_short(model: nn.Module, tokens: int) -> Iterator[bool]:
     """Inside the block decoder layers recompute their activations for the backward pass, if memory is short.
 
-    An estimate decides: the activations that a layer saves, 12 times its width and 4 times that of its MLP a token.
+    An estimate decides: the activations that a layer saves, 12 times its width and 4 times that of its MLP a token,
+    and the logits with their gradient in fp32.
     """
     config = model.config.get_text_config()
     width = 12 * config.hidden_size + 4 * getattr(config, "intermediate_size", 4 * config.hidden_size)
-    need = config.num_hidden_layers * tokens * width * model.dtype.itemsize
+    need = tokens * (config.num_hidden_layers * width * model.dtype.itemsize + 8 * config.vocab_size)
     short = need > free_memory(model.device) / 2
     layers = [module for module in model.modules() if short and hasattr(module, "gradient_checkpointing")]
     with warnings.catch_warnings():
@@ -712,9 +719,9 @@ def calibrate(
     seen = record_activations(model, sites, windows)
 
     def activations(name: str) -> Tensor:
-        x = seen[name].to(execution_device(sites[name]))
+        x = seen[name].to(sites[name].weight.device)
         if not x.isfinite().all():
-            raise UserError(f"{name} overflows in {dtype_name(model)}: try --dtype bfloat16 or float32")
+            raise UserError(f"{name} overflows in {dtype_name(model)}, or never ran: try --dtype bfloat16 or float32")
         return x
 
     quantizers = {name: fit_range(activations(name), specs[name.rpartition(".")[2]]) for name in sites}
@@ -749,21 +756,29 @@ def measure_fit(x: Tensor, quantizer: Quantizer) -> Fit:
     )
 
 
-def check_writable(path: str, inputs: Iterable[str | None]) -> None:
-    """Raise UserError unless write_atomically will be able to write path, and that overwrites none of the inputs."""
-    try:
-        target = Path(path).resolve()
-        if not path or path.endswith(os.sep) or (target.exists() and not target.is_file()):
-            raise UserError(f"output {path!r} is not a regular file: give a file name")
-        if any(other and Path(other).resolve() == target for other in inputs):
-            raise UserError(f"output {path!r} is also read: writing it would destroy that; give another name")
-        if target.exists() and not os.access(target, os.W_OK):
-            raise UserError(f"output {path!r} is write-protected: give another name")
-        with unfinished_file(target):
-            pass
-    except (OSError, RuntimeError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(f"output {path!r} cannot be written ({reason}): give a file in a writable folder") from error
+def check_writable(paths: Iterable[str | None], inputs: Iterable[str | None]) -> None:
+    """Raise UserError unless write_atomically will be able to write each of paths, and destroys nothing by that.
+
+    No two paths may be the same, none may be one of the inputs, and what exists must be a file that may be written.
+    """
+    taken = {Path(other).resolve() for other in inputs if other}
+    for path in paths:
+        if path is None:
+            continue
+        try:
+            target = Path(path).resolve()
+            if not path or path.endswith(os.sep) or (target.exists() and not target.is_file()):
+                raise UserError(f"output {path!r} is not a regular file: give a file name")
+            if target in taken:
+                raise UserError(f"output {path!r} is also read, or named twice: give another name")
+            if target.exists() and not os.access(target, os.W_OK):
+                raise UserError(f"output {path!r} is write-protected: give another name")
+            with unfinished_file(target):
+                taken.add(target)
+        except (OSError, RuntimeError) as error:
+            reason = getattr(error, "strerror", None) or error
+            advice = "give a file in a writable folder"
+            raise UserError(f"output {path!r} cannot be written ({reason}): {advice}") from error
 
 
 @contextmanager
@@ -817,7 +832,7 @@ def versions() -> dict[str, str]:
 def provenance(model: nn.Module, name: str, settings: Mapping, seqlen: int) -> dict:
     """What a quantizer file says of its making: the model and its shape, the flags, the versions."""
     sites = find_sites(model, dict.fromkeys(settings["perchannel"] + settings["pertoken"]))
-    channels = {site: module.weight.shape[0] for site, module in sites.items()}
+    channels = {site: output_width(module) for site, module in sites.items()}
     shape = {"name": name, "type": model.config.model_type, "channels": channels}
     return {"model": shape, "settings": dict(settings), "calibration": {"seqlen": seqlen}, "versions": versions()}
 
@@ -827,7 +842,8 @@ SETTING_TYPES = {
     **dict.fromkeys(("include_sparse", "nf", "nuq", "norm", "clamp", "fisher"), bool),
     **dict.fromkeys(("abits", "first_few_fp16", "nsamples", "seed"), int),
     **dict.fromkeys(("fisher_weighting", "calib_dataset"), str),
-    **dict.fromkeys(("sparsity_threshold", "cap_outliers"), (int, float, NoneType)),
+    "sparsity_threshold": float,
+    "cap_outliers": (float, NoneType),
 }
 
 
@@ -836,65 +852,113 @@ def load_calibration(path: str) -> dict:
 
     Raises UserError for a file that is absent, damaged, of a later version, or holds anything but data.
     """
+    if not Path(path).is_file():
+        raise UserError(f"quantizer file {path!r} does not exist, or is no regular file: make it with --calibrate")
     try:
-        head = Path(path).read_bytes()[:2]
-    except OSError as error:
-        raise UserError(
-            f"quantizer file {path!r} cannot be read ({error.strerror}): make it with --calibrate"
-        ) from error
-    try:
-        if head != b"PK":  # torch.save writes a zip archive
-            return read_kvquant(path)
-        data = torch.load(path, weights_only=True, map_location="cpu")
-        known = isinstance(data, dict) and data.get("format") == FILE_FORMAT
-        version = data["format_version"] if known else 0
-        if version == FILE_VERSION:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            data = read_ours(path) if zipfile.is_zipfile(path) else read_kvquant(path)
+        if data["format_version"] == FILE_VERSION:
             check_contents(data)
     except Exception as error:  # a damaged archive or pickle can raise anything
-        reason = f"{type(error).__name__}: {error}".partition("\n")[0]
-        raise UserError(f"quantizer file {path!r} is damaged, or holds more than data ({reason[:120]})") from error
-    if not known:
-        raise UserError(f"{path!r} is no quantizer file: make one with --calibrate")
-    if version != FILE_VERSION:
-        raise UserError(f"quantizer file {path!r} has format version {version}; this program reads {FILE_VERSION}")
+        reason = str(error) if isinstance(error, RefusedPickle) else type(error).__name__
+        advice = "calibrate again, or get it again"
+        raise UserError(f"quantizer file {path!r} is damaged, or holds more than data ({reason}): {advice}") from error
+    if data["format_version"] != FILE_VERSION:
+        there = repr(data["format_version"])[:20]
+        raise UserError(f"quantizer file {path!r} has format version {there}; this program reads {FILE_VERSION}")
+    return data
+
+
+def read_ours(path: str) -> dict:
+    """The content of a file that torch.save wrote, its checksums verified."""
+    with zipfile.ZipFile(path) as archive:
+        if damaged := archive.testzip():
+            raise ValueError(f"{damaged} does not match its checksum")
+    data = torch.load(path, weights_only=True, map_location="cpu")
+    if data["format"] != FILE_FORMAT:
+        raise ValueError("it has another format")
     return data
 
 
 def check_contents(data: Mapping) -> None:
     """Raise ValueError, TypeError or KeyError unless load_calibration's data has every part, of the right type."""
-    for name, kind in SETTING_TYPES.items():
-        if not isinstance(data["settings"][name], kind):
-            raise ValueError(f"{name} is {data['settings'][name]!r}")
-    for name, stored in data["quantizers"].items():
-        if not isinstance(data["model"]["channels"][name], (int, NoneType)):
-            raise ValueError(f"{name} has no width")
-        for part, kind in (("levels", Tensor), ("scale", float), ("offset", float), ("lo", Tensor), ("hi", Tensor)):
-            if not isinstance(stored[part], (kind, NoneType)):
-                raise ValueError(f"{part} of {name} is {type(stored[part])}")
+    settings, model = data["settings"], data["model"]
+    wrong = [name for name in settings if not isinstance(settings[name], SETTING_TYPES[name])]
+    if not 2 <= settings.get("abits", 4) <= 8:
+        wrong.append("abits")
+    if not isinstance(model["name"], (str, NoneType)):
+        wrong.append("model")
+    leaves = [*settings.get("perchannel", ()), *settings.get("pertoken", ())]
+    wrong += [leaf for leaf in [*leaves, *data["quantizers"]] if not isinstance(leaf, str)]
+    for name, parts in data["quantizers"].items():
+        tensors = [parts[part] for part in ("levels", "lo", "hi") if parts[part] is not None]
+        numbers = [parts[part] for part in ("scale", "offset")]
+        sound = all(type(t) is Tensor and t.layout is torch.strided and not t.requires_grad for t in tensors)
+        sound = sound and all(t.dtype == torch.float32 and t.ndim == 1 and t.isfinite().all() for t in tensors)
+        sound = sound and all(isinstance(x, float) and math.isfinite(x) for x in numbers) and parts["scale"] > 0
+        if not sound or not isinstance(model["channels"][name], (int, NoneType)):
+            wrong.append(name)
+    if wrong:
+        raise ValueError(f"{wrong[0]!r} is of another type, or out of range")
+
+
+class RefusedPickle(pickle.UnpicklingError):
+    """A pickle asks for something that is neither a tensor nor an array of plain numbers."""
+
+
+class PickledDtype:
+    """Stands in for numpy.dtype while a pickle is read: a code such as f4, and a byte order."""
+
+    def __init__(self, code: str, *_):
+        if not re.fullmatch(r"[fiu][1248]|b1", code):
+            raise RefusedPickle(f"it asks for an array of {code!r}, which is no plain number")
+        self.code = code
+
+    def __setstate__(self, state: tuple):
+        self.code = {"<": "<", ">": ">"}.get(state[1], "") + self.code
+
+    def array(self, content: bytes, shape: tuple = (), order: str = "C") -> np.ndarray:
+        """A new array of content's numbers."""
+        return np.frombuffer(content, np.dtype(self.code)).reshape(shape, order=order).copy()
+
+
+class PickledArray:
+    """Stands in for an array that numpy's older protocols build up in two steps."""
+
+    def __setstate__(self, state: tuple):
+        _, shape, dtype, is_fortran, content = state
+        self.value = dtype.array(content, shape, "F" if is_fortran else "C")
 
 
 class TensorUnpickler(pickle.Unpickler):
-    """Reads pickles of torch tensors and numpy arrays in plain containers, and refuses to resolve any other name."""
+    """Reads pickles of torch tensors and numpy arrays in plain containers, and refuses to resolve any other name.
 
-    ADMITTED: ClassVar = {
-        "collections.OrderedDict": OrderedDict,
-        "torch._utils._rebuild_tensor_v2": torch._utils._rebuild_tensor_v2,
-        "torch.storage._load_from_bytes": lambda data: torch.load(
-            io.BytesIO(data), weights_only=True, map_location="cpu"
-        ),
-        "numpy.ndarray": np.ndarray,
-        "numpy.dtype": np.dtype,
-        "numpy._core.multiarray._reconstruct": np.empty(0).__reduce__()[0],
-        "numpy._core.multiarray.scalar": np.float32(0).__reduce__()[0],
-        "numpy._core.numeric._frombuffer": np.empty(1).__reduce_ex__(5)[0],
-        "_codecs.encode": lambda text, encoding: text.encode("latin1"),  # bytes, as protocol 2 writes them
-    }
+    No live object of a library is ever handed out: what a pickle may call are stand-ins made for that one call.
+    """
 
-    def find_class(self, module: str, name: str):
+    def find_class(self, module: str, name: str) -> Callable:
+        """The stand-in for a name that pickles of tensors and arrays use."""
         full = f"{module}.{name}".replace("numpy.core.", "numpy._core.")
-        if full not in self.ADMITTED:
-            raise pickle.UnpicklingError(f"it asks for {full}, which is neither a tensor nor an array")
-        return self.ADMITTED[full]
+        stand_ins = {
+            "collections.OrderedDict": lambda: OrderedDict(),
+            "torch._utils._rebuild_tensor_v2": lambda *parts: torch._utils._rebuild_tensor_v2(*parts[:4], False, {}),
+            "torch.storage._load_from_bytes": lambda content: torch.load(io.BytesIO(content), "cpu", weights_only=True),
+            "numpy.ndarray": lambda: None,
+            "numpy.dtype": lambda *parts: PickledDtype(*parts),
+            "numpy._core.multiarray._reconstruct": lambda *_: PickledArray(),
+            "numpy._core.multiarray.scalar": lambda dtype, content: dtype.array(content),
+            "numpy._core.numeric._frombuffer": lambda content, dtype, *how: dtype.array(bytes(content), *how),
+            "_codecs.encode": lambda text, _: text.encode("latin1"),  # bytes, as protocol 2 writes them
+        }
+        if full not in stand_ins:
+            raise RefusedPickle(f"it asks for {full[:80]}, which is neither a tensor nor an array")
+        return stand_ins[full]
+
+
+def plain(value: object) -> Tensor:
+    """The tensor that a pickled tensor, array or number stands for."""
+    return torch.as_tensor(value.value if isinstance(value, PickledArray) else value)
 
 
 def read_kvquant(path: str) -> dict:
@@ -905,18 +969,19 @@ def read_kvquant(path: str) -> dict:
     """
     with open(path, "rb") as file:
         published = TensorUnpickler(file).load()
-    quantizers, channels, settings = {}, {}, {}
+    quantizers, widths, settings = {}, {}, {}
     for name, (upper, lower, *rest) in published.items():
-        levels = torch.as_tensor(rest[0][0]).flatten().float().sort().values if rest else None
-        scale, offset = map(float, rest[1:]) if len(rest) == 3 else (1.0, 0.0)
-        upper, lower = torch.as_tensor(upper).float(), torch.as_tensor(lower).float()
-        channels[name] = upper.numel() if len(upper) == 1 else None
+        levels = plain(rest[0][0]).float().flatten().sort().values if rest else None
+        scale, offset = (float(plain(x)) for x in rest[1:]) if len(rest) == 3 else (1.0, 0.0)
+        upper, lower = plain(upper).float(), plain(lower).float()
+        widths[name] = upper.numel() if len(upper) == 1 else None
         codebook = {"levels": levels, "scale": scale, "offset": offset}
         quantizers[name] = codebook | {"lo": lower.flatten(), "hi": upper.flatten()}
         settings = {"nuq": levels is not None, "norm": len(rest) == 3}
         if levels is not None:
             settings["abits"] = len(levels).bit_length() - 1
-    return {"model": {"name": None, "channels": channels}, "settings": settings, "quantizers": quantizers}
+    model = {"name": None, "channels": widths}
+    return {"format_version": FILE_VERSION, "model": model, "settings": settings, "quantizers": quantizers}
 
 
 def export_kvquant(path: str, quantizers: Mapping[str, Quantizer]) -> None:
@@ -925,9 +990,10 @@ def export_kvquant(path: str, quantizers: Mapping[str, Quantizer]) -> None:
     for name, q in quantizers.items():
         anything = torch.ones(2, 1)  # [tokens,1] there, and ignored: the range is dynamic
         entry = (q.hi[None], q.lo[None]) if q.is_static else (anything, -anything)
-        if q.spec.codebook == "nuq":
+        is_normed = q.codebook.decoded is not q.codebook.levels
+        if q.spec.codebook == "nuq" or is_normed:
             entry += ([q.codebook.levels[:, None].numpy()],)
-            if q.codebook.decoded is not q.codebook.levels:
+            if is_normed:
                 entry += tuple(torch.tensor(x, dtype=torch.float64) for x in (q.codebook.scale, q.codebook.offset))
         published[name] = entry
     write_atomically(path, lambda file: pickle.dump(published, file))
@@ -940,7 +1006,7 @@ def stored_quantizers(path: str, data: Mapping, model: nn.Module, specs: KVSpec)
     """
     sites = find_sites(model, specs)
     stored = {name: parts for name, parts in data["quantizers"].items() if name.rpartition(".")[2] in specs}
-    widths = {name: module.weight.shape[0] for name, module in sites.items()}
+    widths = {name: output_width(module) for name, module in sites.items()}
     for name in [*sites, *stored]:
         here = widths.get(name, "none")
         there = (data["model"]["channels"][name] or here) if name in stored else "none"
@@ -960,18 +1026,17 @@ def stored_quantizers(path: str, data: Mapping, model: nn.Module, specs: KVSpec)
     return quantizers
 
 
-def is_sound(quantizer: Quantizer, channels: int) -> bool:
-    """Whether the tensors that were read are finite, and of the shape and order that snap needs."""
-
-    def vectors(size: int, *tensors: Tensor | None) -> bool:
-        return all(
-            t is not None and t.dtype == torch.float32 and t.shape == (size,) and t.isfinite().all() for t in tensors
-        )
-
-    levels, lo, hi = quantizer.codebook.levels, quantizer.lo, quantizer.hi
-    if not vectors(2**quantizer.spec.bits, levels, quantizer.codebook.decoded) or (levels.diff() < 0).any():
+def is_sound(quantizer: Quantizer, width: int) -> bool:
+    """Whether what was read fits its spec: levels sorted inside [-1, 1], a range for every channel."""
+    spec, levels = quantizer.spec, quantizer.codebook.levels
+    if len(levels) != 2**spec.bits or (levels.diff() < 0).any() or levels.abs().max() > 1 + 1e-6:
         return False
-    return quantizer.spec.axis == PER_TOKEN or (vectors(channels, lo, hi) and bool((lo <= hi).all()))
+    if spec.codebook != "nuq" and not torch.allclose(levels, data_free_codebook(spec).levels, atol=1e-6):
+        return False
+    if spec.axis == PER_TOKEN:
+        return True
+    lo, hi = quantizer.lo, quantizer.hi
+    return lo is not None and hi is not None and len(lo) == len(hi) == width and bool((lo <= hi).all())
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1192,6 +1257,9 @@ def sample_windows(ids: Tensor, seqlen: int, count: int, seed: int) -> Tensor:
 
 def load_calibration_windows(config, tokenizer, spec: CalibrationSpec) -> Tensor:
     """[nsamples, seqlen] ids of the calibration text, checked against what a model of this config can take."""
+    need, free = 8 * spec.nsamples * spec.seqlen, free_memory("cpu")
+    if need > free:
+        raise UserError(f"nsamples {spec.nsamples} takes {need / 2**30:.0f} GiB for the token ids alone: lower it")
     documents = load_documents(spec.dataset, "train")
     encode = partial(tokenize, tokenizer)
     if spec.dataset == "c4":
@@ -1199,7 +1267,7 @@ def load_calibration_windows(config, tokenizer, spec: CalibrationSpec) -> Tensor
     else:
         ids = encode("\n\n".join(documents))
         if len(ids) <= spec.seqlen:
-            raise UserError(f"{spec.dataset} has {len(ids)} tokens, too few to cut windows of {spec.seqlen} from")
+            raise UserError(f"{spec.dataset} has {len(ids)} tokens, too few for windows of {spec.seqlen}: lower seqlen")
         windows = sample_windows(ids, spec.seqlen, spec.nsamples, spec.seed)
     check_windows(config, windows)
     return windows
@@ -1233,14 +1301,6 @@ class Result:
     seconds: float
 
 
-@torch.inference_mode()
-def window_nll(model: nn.Module, batches: Iterable[Tensor]) -> Iterator[Tensor]:
-    """For each batch of ids [B,T] (T > 1), the summed loss [B] of every window, in nats and double precision."""
-    for ids in batches:
-        logits = model(input_ids=ids.to(model.device), use_cache=False).logits
-        yield token_nll(logits, ids.to(logits.device)).double().sum(1).cpu()
-
-
 def perplexity(losses: Sequence[float], seqlen: int) -> float:
     """exp(total loss / predicted tokens) of windows with summed losses in nats; seqlen - 1 predictions a window."""
     try:
@@ -1249,6 +1309,7 @@ def perplexity(losses: Sequence[float], seqlen: int) -> float:
         return math.inf
 
 
+@torch.inference_mode()
 def evaluate(model: nn.Module, windows: Tensor, batch_size: int = 1, label: str = "") -> list[float]:
     """The summed loss of every window of windows [N,T], in nats; a progress bar shows on stderr if that is a terminal.
 
@@ -1257,20 +1318,19 @@ def evaluate(model: nn.Module, windows: Tensor, batch_size: int = 1, label: str 
     from tqdm import tqdm
 
     losses: list[float] = []
+    seqlen = windows.shape[1]
     with tqdm(total=len(windows), desc=label, unit="window", leave=False, disable=None) as bar:
-        for batch in window_nll(model, windows.split(min(batch_size, len(windows)))):
-            for loss in batch.tolist():
+        for ids in windows.split(min(batch_size, len(windows))):
+            logits = model(input_ids=ids.to(model.device), use_cache=False).logits
+            batch = token_nll(logits, ids.to(logits.device)).double().sum(1).tolist()  # [B]
+            for loss in batch:
                 losses.append(loss)
-                if not math.isfinite(perplexity(losses, windows.shape[1])):
-                    dtype = dtype_name(model)
-                    advice = (
-                        "this model gives no finite loss" if dtype == "float32" else "try --dtype bfloat16 or float32"
-                    )
-                    raise UserError(
-                        f"{label}: window {len(losses)} of {len(windows)} has loss {loss} in {dtype}: {advice}"
-                    )
+                if not math.isfinite(perplexity([loss], seqlen)):
+                    dtype, place = dtype_name(model), f"window {len(losses)} of {len(windows)}"
+                    advice = "the model is broken" if dtype == "float32" else "try --dtype bfloat16 or float32"
+                    raise UserError(f"{label}: {place} has loss {loss} in {dtype}: {advice}")
             bar.update(len(batch))
-            bar.set_postfix(ppl=f"{perplexity(losses, windows.shape[1]):.4f}")
+            bar.set_postfix(ppl=f"{perplexity(losses, seqlen):.4f}")
     return losses
 
 
@@ -1279,8 +1339,7 @@ def measure(model: nn.Module, windows: Tensor, dataset: str, abits: int, batch_s
     start = time.perf_counter()
     losses = evaluate(model, windows, batch_size, label=f"{dataset}, abits {abits}")
     count, seqlen = windows.shape
-    ppl = perplexity(losses, seqlen)
-    tokens = count * (seqlen - 1)
+    ppl, tokens = perplexity(losses, seqlen), count * (seqlen - 1)
     return Result(dataset, abits, ppl, math.fsum(losses) / tokens, count, tokens, time.perf_counter() - start)
 
 
@@ -1389,7 +1448,7 @@ class ProjectionList(Action):
         setattr(namespace, self.dest, list(dict.fromkeys(names)))
 
 
-def sink_tokens(text: str) -> int:
+def token_count(text: str) -> int:
     """A number of tokens; 0 is -1, which also means none."""
     return int(text) or -1
 
@@ -1423,7 +1482,7 @@ def add_quantization_flags(parser: ArgumentParser) -> None:
     flag("--sparsity_threshold", type=float, default=QuantSpec.sparsity_threshold, metavar="P",
          help="with --include_sparse, the share of entries that is quantized")  # fmt: skip
     flag("--nf", action="store_true", help="NormalFloat levels instead of uniform ones")
-    flag("--first_few_fp16", type=sink_tokens, default=-1, metavar="N",
+    flag("--first_few_fp16", type=token_count, default=-1, metavar="N",
          help="leading tokens of every window kept exact (attention sinks); -1 for none")  # fmt: skip
 
 
@@ -1470,6 +1529,8 @@ def kv_spec(args: Namespace) -> KVSpec:
     nuq, cap = getattr(args, "nuq", False), getattr(args, "cap_outliers", None)
     if nuq and args.nf:
         raise UserError("--nf and --nuq each name a codebook: give one of them")
+    if cap is not None and not args.perchannel:
+        raise UserError(f"cap_outliers {cap:g} caps what --perchannel names, and that is nothing")
     shared = {name: getattr(args, name) for name in ("include_sparse", "sparsity_threshold", "first_few_fp16")}
     shared |= {"codebook": "nuq" if nuq else "nf" if args.nf else "uniform", "clamp": getattr(args, "clamp", False)}
     bits = min(args.abits, 8)  # the specs are made at 16 bits too: that validates them
@@ -1494,6 +1555,8 @@ def calibration_spec(args: Namespace) -> CalibrationSpec:
     """From the calibration flags."""
     if args.fisher and not args.nuq:
         raise UserError("--fisher weighs the fit of a NUQ codebook: add --nuq, or leave it out")
+    if args.fisher_weighting != "paper" and not args.fisher:
+        warn(f"--fisher_weighting {args.fisher_weighting} has no effect without --fisher")
     weighting = args.fisher_weighting if args.fisher else None
     return CalibrationSpec(args.calib_dataset, args.nsamples, args.seqlen, args.seed, weighting, args.norm)
 
@@ -1519,7 +1582,8 @@ def run(main: Callable[[], None]) -> int:
     except OSError as error:
         status, message = 1, f"error: {error.strerror or error}"
     if message:
-        print(f"{Path(sys.argv[0]).name}: {' '.join(message.split())}", file=sys.stderr)
+        line = "".join(c if c.isprintable() else "?" for c in " ".join(message.split()))
+        print(f"{Path(sys.argv[0]).name}: {line[:2000]}", file=sys.stderr)
     if status in (1, 141):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python's own flush at exit fails again
     return status

@@ -41,7 +41,9 @@ def test_the_summary_has_a_line_for_every_projection_and_the_command_to_run_next
     *_, command = process.stdout.strip().splitlines()
     program, script, *rest = shlex.split(command)
     assert program == "python3" and script == str(CALIBRATED_SCRIPT)
-    assert rest == [str(NANO), "--quantizer_path", str(folder / "q.pkl"), "--datasets", "wikitext2"]
+    text = ["--datasets", str(SAMPLE), "--seqlen", "256"]
+    assert rest == [str(NANO), "--quantizer_path", str(folder / "q.pkl"), *text]
+    assert run_script(script, *rest, "--limit", "1").returncode == 0
 
 
 def test_evaluation_takes_its_settings_from_the_file(calibrated, tmp_path):
@@ -62,10 +64,10 @@ def test_evaluation_takes_its_settings_from_the_file(calibrated, tmp_path):
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (("--abits", "4"), ("--abits 4", "abits 3")),
-        (("--sparsity_threshold", "0.95"), ("--sparsity_threshold 0.95", "sparsity_threshold 0.99")),
-        (("--perchannel",), ("--perchannel []", "['k_proj']")),
-        (("--nsamples", "16"), ("--nsamples 16", "nsamples 2")),
+        (("--abits", "4"), ("abits: 4", "contradicts 3")),
+        (("--sparsity_threshold", "0.95"), ("sparsity_threshold: 0.95", "contradicts 0.99")),
+        (("--perchannel",), ("perchannel: []", "contradicts ['k_proj']")),
+        (("--nsamples", "16"), ("nsamples: 16", "contradicts 2")),
     ],
 )
 def test_evaluation_refuses_a_contradiction_and_names_both_values(calibrated, flags, words):
@@ -99,7 +101,13 @@ def test_the_baseline_needs_no_file():
         (("--calibrate", "--calib_dataset", "a.csv", "--quantizer_path", "q.pkl"), ("'a.csv'",)),
         (("--calibrate", "--quantizer_path", "/nowhere/q.pkl"), ("'/nowhere/q.pkl'", "writable folder")),
         (("--calibrate", "--calib_dataset", SAMPLE, "--quantizer_path", SAMPLE), ("sample.txt", "also read")),
+        (("--calibrate", "--seqlen", "1", "--quantizer_path", "q.pkl"), ("seqlen", "got 1")),
+        (("--calibrate", "--seed", "-1", "--quantizer_path", "q.pkl"), ("seed", "-1")),
+        (("--calibrate", "--nsamples", "100000000000", "--quantizer_path", "q.pkl"), ("nsamples 100000000000", "GiB")),
+        (("--calibrate", "--output", "a.json", "--quantizer_path", "q.pkl"), ("--output a.json", "leave it out")),
+        (("--abits", "16", "--export_kvquant", "e.pkl"), ("--export_kvquant e.pkl", "nothing")),
         (("--quantizer_path", "/nowhere/q.pkl"), ("'/nowhere/q.pkl'", "make it with --calibrate")),
+        (("--quantizer_path", "/dev/zero"), ("'/dev/zero'", "no regular file")),
         (("--quantizer_path", SAMPLE), ("sample.txt", "damaged")),
     ],
 )
@@ -120,7 +128,7 @@ def test_a_pickle_that_would_run_code_is_refused_and_runs_none(tmp_path):
 
 def test_a_file_for_another_model(calibrated, tmp_path):
     data = torch.load(calibrated[0] / "q.pkl", weights_only=True)
-    data["model"] = {"name": "some/other-model", "channels": dict.fromkeys(data["quantizers"], 1024)}
+    data["model"] |= {"name": "some/other-model", "channels": dict.fromkeys(data["quantizers"], 1024)}
     torch.save(data, tmp_path / "other.pkl")
     process = run_script(CALIBRATED_SCRIPT, NANO, "--quantizer_path", tmp_path / "other.pkl", *TEXT)
     assert_one_line_error(process, "calibrated for some/other-model", "1024 channels", "this model has 128")

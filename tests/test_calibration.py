@@ -77,7 +77,7 @@ def test_levels_reach_the_optimum_over_all_partitions(samples):
     )
     ours = squared_error(unit, weights, qu.kmeans_levels(qu.weighted_histogram(unit, weights), 2))
     # samples that share a coarse bin are not told apart by the dynamic programme
-    assert ours <= 1.0001 * optimum + weights.sum().item() * (2 / qu.COARSE) ** 2
+    assert ours <= 1.0001 * optimum + weights.sum().item() * (2 / qu.EDGES) ** 2 / 4
 
 
 @settings(max_examples=25)
@@ -91,9 +91,21 @@ def test_levels_are_sorted_finite_and_inside_whatever_the_weights(seed, bits, sp
     assert (levels.diff() >= 0).all() and levels[0] >= -1 and levels[-1] <= 1
 
 
+@pytest.mark.parametrize(("deviation", "bits"), [(0.0005, 3), (0.002, 4), (0.02, 4)])
+def test_levels_are_good_where_outliers_leave_the_rest_a_narrow_band(deviation, bits):
+    from sklearn.cluster import KMeans
+
+    unit = torch.cat([torch.randn(20_000) * deviation, torch.tensor([-1.0, 1.0])])
+    weights = torch.ones_like(unit)
+    best = KMeans(2**bits, n_init=10, random_state=0).fit(unit[:, None].numpy())
+    ours = qu.kmeans_levels(qu.weighted_histogram(unit), bits)
+    assert squared_error(unit, weights, ours) <= 1.0001 * squared_error(unit, weights, best.cluster_centers_)
+
+
 def test_fitting_twice_gives_the_same_bits():
-    histogram = qu.weighted_histogram(torch.randn(10_000) / 3)
-    assert torch.equal(qu.kmeans_levels(histogram, 4), qu.kmeans_levels(histogram, 4))
+    unit = torch.randn(10_000) / 3
+    first, second = (qu.kmeans_levels(qu.weighted_histogram(unit), 4) for _ in range(2))
+    assert torch.equal(first, second)
 
 
 def test_a_histogram_of_parts_is_that_of_the_whole():
@@ -261,18 +273,43 @@ def test_every_variant_calibrates_and_evaluates(model, calibration_windows, wind
     with qu.simulate_quantization(model, {name: quantizer for name, (quantizer, _) in fitted.items()}):
         ppl = qu.perplexity(qu.evaluate(model, windows[:2]), windows.shape[1])
     assert ppl == pytest.approx(base, rel=0.1) and ppl != base
+    assert all((quantizer.codebook.scale != 1) == q_norm for quantizer, _ in fitted.values())
 
 
 @pytest.mark.parametrize(
     ("fields", "message"),
-    [({"nsamples": 0}, "nsamples must be at least 1, got 0"), ({"dataset": "a.csv"}, "unknown dataset 'a.csv'")],
+    [
+        ({"nsamples": 0}, "nsamples must be at least 1, got 0"),
+        ({"seqlen": 1}, "seqlen must be at least 2, got 1"),
+        ({"seed": -1}, "seed must be in 0"),
+        ({"dataset": "a.csv"}, "unknown dataset 'a.csv'"),
+    ],
 )
 def test_a_bad_calibration_spec_names_the_field_and_the_value(fields, message):
     with pytest.raises(qu.UserError, match=message):
         qu.CalibrationSpec(**fields)
 
 
+def test_calibration_windows_come_from_the_train_split_and_the_seed(config_and_tokenizer, monkeypatch):
+    asked, text = [], SAMPLE.read_text(encoding="utf-8")
+    monkeypatch.setattr(qu, "load_documents", lambda *name_and_split: asked.append(name_and_split) or [text])
+    specs = [qu.CalibrationSpec(nsamples=3, seqlen=64, seed=seed) for seed in (0, 5, 5)]
+    first, second, third = (qu.load_calibration_windows(*config_and_tokenizer, spec) for spec in specs)
+    assert asked == [("wikitext2", "train")] * 3
+    assert torch.equal(second, third) and not torch.equal(first, second)
+
+
+def test_a_site_that_never_runs_is_an_error_and_no_fit(model, calibration_windows):
+    model.spare = torch.nn.Module()
+    model.spare.k_proj = torch.nn.Linear(4, 4)
+    try:
+        with pytest.raises(qu.UserError, match=r"spare.k_proj overflows in float32, or never ran"):
+            qu.calibrate(model, calibration_windows, NUQ, qu.CalibrationSpec())
+    finally:
+        del model.spare
+
+
 def test_calibration_text_that_is_too_short(config_and_tokenizer):
     how = qu.CalibrationSpec(str(SAMPLE), seqlen=5829)
-    with pytest.raises(qu.UserError, match="5829 tokens, too few to cut windows of 5829"):
+    with pytest.raises(qu.UserError, match="5829 tokens, too few for windows of 5829"):
         qu.load_calibration_windows(*config_and_tokenizer, how)

@@ -109,8 +109,9 @@ def test_tail_quantiles_are_numpys(size, threshold, per_channel, seed):
 
 
 def test_one_percent_of_1024_channels_is_12_entries_a_token():
-    mask = qu.outlier_mask(torch.randn(2, 5, 1024), qu.QuantSpec(qu.PER_TOKEN, include_sparse=True))
-    assert (mask.sum(-1) == 12).all()
+    spec = qu.QuantSpec(qu.PER_TOKEN, include_sparse=True)
+    keep, _, _ = qu.keep_and_range(torch.randn(2, 5, 1024), qu.Quantizer(spec, qu.data_free_codebook(spec)))
+    assert (keep.sum(-1) == 12).all()
 
 
 # -- fake_quantize
@@ -217,19 +218,17 @@ def test_constant_channel_and_constant_token_come_back_exactly(value, sparse, co
 
 @given(tensors(), st.integers(2, 8))
 def test_integer_zero_point_is_that_of_an_integer_kernel(x, bits):
-    """q = clip(round(x / scale) + zero_point), x = (q - zero_point) * scale, for a range that spans zero."""
-    x = torch.cat([x, torch.zeros_like(x[:, :1])], dim=1)
-    ours = quantized(x, qu.QuantSpec(qu.PER_CHANNEL, bits, clamp=True))
+    """q = clip(round(x / scale) + zero_point, 0, L - 1), and back as (q - zero_point) * scale."""
+    ours = quantized(x, qu.QuantSpec(qu.PER_CHANNEL, bits, clamp=True)).double()
     y = x.double()
     scale = (y.amax(1, keepdim=True) - y.amin(1, keepdim=True)) / (2**bits - 1)
     zero_point = (-y.amin(1, keepdim=True) / scale).round()
     kernel = ((y / scale).round() + zero_point).clamp(0, 2**bits - 1) - zero_point
     expected = torch.where(scale > 0, kernel * scale, y)
-    error = (ours.double() - expected).abs()
-    # where an entry or the zero point lies half-way, rounding chooses the side
-    half_way = [(part / scale % 1 - 0.5).abs() < 1e-3 for part in (y, y.amin(1, keepdim=True))]
-    assert ((error <= 2 * rounding(x)) | half_way[0] | half_way[1]).all()
-    assert (ours[:, -1].abs() <= rounding(x)).all()
+    # where an entry or the zero point lies half-way between steps, rounding chooses the side
+    half_way = [(part / scale % 1 - 0.5).abs() < 1e-2 for part in (y, y.amin(1, keepdim=True))]
+    assert (((ours - expected).abs() <= 4 * rounding(x)) | half_way[0] | half_way[1]).all()
+    assert ((ours - y).abs() <= 1.01 * scale + 4 * rounding(x)).all()
 
 
 @given(tensors(), specs(axis=qu.PER_CHANNEL, first_few_fp16=-1))
@@ -243,15 +242,15 @@ def test_static_outliers_lie_strictly_outside_and_the_rest_is_clipped(x, spec):
     assert (clipped | exact).all()
 
 
-@given(st.integers(1, 2), st.integers(1, 6), st.integers(1, 40), st.floats(0.01, 1), st.integers(0, 2**31))
-def test_cap_keeps_the_most_extreme_of_each_token(batch, tokens, channels, fraction, seed):
+@given(st.integers(1, 2), st.integers(1, 6), st.integers(1, 40), st.integers(1, 100), st.integers(0, 2**31))
+def test_cap_keeps_the_most_extreme_of_each_token(batch, tokens, channels, percent, seed):
     generator = torch.Generator().manual_seed(seed)
     keep = torch.rand(batch, tokens, channels, generator=generator) < 0.5
     distance = torch.rand(batch, tokens, channels, generator=generator)
-    capped = qu.cap_per_token(keep, distance, fraction)
+    capped = qu.cap_per_token(keep, distance, percent / 100)
     for b, t in np.ndindex(batch, tokens):
         candidates = [(distance[b, t, c].item(), c) for c in range(channels) if keep[b, t, c]]
-        expected = {c for _, c in sorted(candidates, reverse=True)[: int(fraction * channels)]}
+        expected = {c for _, c in sorted(candidates, reverse=True)[: percent * channels // 100]}
         assert set(capped[b, t].nonzero().flatten().tolist()) == expected
 
 
@@ -297,6 +296,21 @@ def test_published_code_gives_the_same_with_nuq_values(fisher, sparse, bits):
     spec = qu.QuantSpec(qu.PER_TOKEN, bits, "nuq", include_sparse=bool(sparse))
     ours = qu.fake_quantize(x[None], qu.Quantizer(spec, qu.Codebook(levels)))
     np.testing.assert_allclose(ours[0], expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        qu.QuantSpec(qu.PER_CHANNEL, 4, include_sparse=True, first_few_fp16=1),
+        qu.QuantSpec(qu.PER_TOKEN, 3, "nf"),
+        qu.QuantSpec(qu.PER_CHANNEL, 2, clamp=True),
+    ],
+)
+def test_one_graph_compiles_and_gives_the_same(spec):
+    x = torch.randn(2, 40, 24)
+    for quantizer in (qu.Quantizer(spec, qu.data_free_codebook(spec)), qu.fit_range(x, spec)):
+        compiled = torch.compile(qu.fake_quantize, fullgraph=True, backend="eager")
+        assert torch.equal(compiled(x, quantizer), qu.fake_quantize(x, quantizer))
 
 
 def test_the_range_ends_come_back_exactly():

@@ -150,9 +150,9 @@ def test_a_file_that_is_none(saved, tmp_path, damage):
     "wrong",
     [
         {"lo": None},
+        {"levels": 2 * torch.linspace(-1, 1, 16)},
         {"levels": torch.zeros(8)},
         {"levels": torch.arange(16.0).flip(0)},
-        {"scale": math.nan},
         {"hi": torch.full((128,), -99.0)},
         {"hi": torch.ones(64)},
     ],
@@ -163,6 +163,75 @@ def test_tensors_that_make_no_quantizer(saved, model, tmp_path, wrong):
     torch.save(data, tmp_path / "wrong.pkl")
     with pytest.raises(qu.UserError, match=r"no usable 4-bit quantizer for model.layers.0.self_attn.k_proj"):
         qu.stored_quantizers("wrong.pkl", qu.load_calibration(str(tmp_path / "wrong.pkl")), model, SPECS)
+
+
+@pytest.mark.parametrize(
+    ("place", "value"),
+    [
+        (("settings", "sparsity_threshold"), None),
+        (("settings", "perchannel"), [1]),
+        (("settings", "abits"), 16),
+        (("settings", "unknown"), 1),
+        (("settings", "cap_outliers"), 10**400),
+        (("model", "name"), torch.zeros(2)),
+        (("quantizers", 1), {}),
+        (("quantizers", "model.layers.0.self_attn.k_proj", "scale"), math.nan),
+        (("quantizers", "model.layers.0.self_attn.k_proj", "scale"), None),
+        (("quantizers", "model.layers.0.self_attn.k_proj", "levels"), torch.zeros(16).to_sparse()),
+        (("quantizers", "model.layers.0.self_attn.k_proj", "lo"), torch.zeros(128, dtype=torch.int64)),
+        (("quantizers", "model.layers.0.self_attn.k_proj", "hi"), torch.full((128,), math.inf)),
+    ],
+)
+def test_contents_of_another_type_are_refused(saved, tmp_path, place, value):
+    data = torch.load(saved, weights_only=True)
+    *path, last = place
+    part = data
+    for key in path:
+        part = part[key]
+    part[last] = value
+    torch.save(data, tmp_path / "odd.pkl")
+    with pytest.raises(qu.UserError, match=r"odd.pkl.* is damaged, or holds more than data"):
+        qu.load_calibration(str(tmp_path / "odd.pkl"))
+
+
+class Forged:
+    """A structured dtype that hides a pointer, through the state that numpy.dtype takes."""
+
+    def __reduce__(self):
+        fields = {"a": (np.dtype("O"), 0)}
+        return np.dtype, ("V8", False, True), (3, "|", None, ("a",), fields, 8, 1, 0)
+
+
+class Pointer:
+    def __reduce__(self):
+        return np.float32(0).__reduce__()[0], (Forged(), b"A" * 8)
+
+
+def test_a_forged_dtype_is_refused_before_numpy_sees_it(tmp_path):
+    (tmp_path / "forged.pkl").write_bytes(pickle.dumps({"a.k_proj": (Pointer(), torch.ones(1, 2))}))
+    with pytest.raises(qu.UserError, match=r"'V8', which is no plain number|'O8', which is no plain number"):
+        qu.load_calibration(str(tmp_path / "forged.pkl"))
+
+
+def test_a_pickle_changes_no_function_of_torch(tmp_path):
+    defaults = torch._utils._rebuild_tensor_v2.__defaults__
+    attack = b"\x80\x04ctorch._utils\n_rebuild_tensor_v2\nN}(\x8c\x0c__defaults__(\x8c\x01a\x8c\x01btu\x86b."
+    (tmp_path / "attack.pkl").write_bytes(attack)
+    with pytest.raises(qu.UserError, match=r"attack.pkl"):
+        qu.load_calibration(str(tmp_path / "attack.pkl"))
+    assert torch._utils._rebuild_tensor_v2.__defaults__ == defaults
+
+
+@pytest.mark.parametrize("protocol", range(2, 6))
+@pytest.mark.parametrize("kind", [np.float32, np.float64])
+def test_published_files_of_every_protocol_are_read(tmp_path, protocol, kind):
+    centroids = np.sort(np.random.default_rng(0).uniform(-1, 1, (16, 1)).astype(kind), axis=0)
+    entry = (torch.ones(1, 4), -torch.ones(1, 4), [centroids], kind(1.5), torch.tensor(0.25))
+    (tmp_path / "p.pickle").write_bytes(pickle.dumps({"layer.k_proj": entry}, protocol=protocol))
+    data = qu.load_calibration(str(tmp_path / "p.pickle"))
+    parts = data["quantizers"]["layer.k_proj"]
+    np.testing.assert_array_equal(parts["levels"], centroids[:, 0].astype(np.float32))
+    assert (parts["scale"], parts["offset"]) == (1.5, 0.25) and data["model"]["channels"] == {"layer.k_proj": 4}
 
 
 class Bomb:
@@ -215,7 +284,9 @@ def test_edited_and_truncated_files_are_read_or_refused(model, saved, quantizers
         content[int(place * len(content))] = value
     path.write_bytes(content if length > 0.5 else content[: int(2 * length * len(content))])
     with contextlib.suppress(qu.UserError):
-        qu.stored_quantizers(str(path), qu.load_calibration(str(path)), model, SPECS)
+        read = qu.stored_quantizers(str(path), qu.load_calibration(str(path)), model, SPECS)
+        if kind == "ours":  # its checksums let no edit of a number through
+            assert all(torch.equal(read[n].codebook.levels, q.codebook.levels) for n, q in quantizers.items())
 
 
 def test_an_interrupted_save_leaves_the_old_file(saved, quantizers, model, tmp_path, monkeypatch):
