@@ -1,8 +1,11 @@
 """Paths, the bundled model, and a way to run a script as a user would."""
 
+import functools
+import json
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # a worker a core: more threads would only get in each other's way
@@ -23,12 +26,27 @@ settings.register_profile("project", deadline=None, derandomize="CI" in os.envir
 settings.load_profile("project")
 
 
+@functools.cache
+def fork_server():
+    command = [sys.executable, str(ROOT / "tests" / "fork_server.py")]
+    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT.anchor)
+
+
 def run_script(script, *args, env=None, prefix=()):
-    """The finished process of `python script args`, from a folder that is not the project's."""
+    """The finished process of `python script args`, from a folder that is not the project's.
+
+    With env or prefix it is started from nothing; else it is forked from a process that has the imports done.
+    """
     command = [*map(str, prefix), sys.executable, str(script), *map(str, args)]
-    return subprocess.run(
-        command, capture_output=True, text=True, cwd=ROOT.anchor, env={**os.environ, **(env or {})}, timeout=300
-    )
+    if env or prefix:
+        environment = {**os.environ, **(env or {})}
+        return subprocess.run(command, capture_output=True, text=True, cwd=ROOT.anchor, env=environment, timeout=300)
+    server = fork_server()
+    with tempfile.NamedTemporaryFile("r") as out, tempfile.NamedTemporaryFile("r") as err:
+        server.stdin.write(json.dumps([*command[1:], out.name, err.name]) + "\n")
+        server.stdin.flush()
+        status = int(server.stdout.readline())
+        return subprocess.CompletedProcess(command, status, out.read(), err.read())
 
 
 def assert_one_line_error(process, *words):

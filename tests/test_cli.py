@@ -29,7 +29,7 @@ def nano_copy(folder, **config):
 def test_table_on_stdout_and_the_same_figures_in_json(tmp_path):
     out = tmp_path / "out.json"
     flags = ("--abits", "3", "--include_sparse", "--first_few_fp16", "1", "--nf", "--limit", "4", "--batch_size", "3")
-    process = run_script(DYNAMIC_SCRIPT, NANO, *TEXT, *flags, "--output", out)
+    process = run_script(DYNAMIC_SCRIPT, NANO, *TEXT, *flags, "--output", out, env={"HF_HOME": str(tmp_path)})
     assert process.returncode == 0 and process.stderr == ""
     report = json.loads(out.read_text())
     assert set(report) >= {"script", "model", "settings", "environment", "results"}

@@ -1,0 +1,44 @@
+"""Runs scripts, each in a process of its own, without importing torch and transformers anew for each.
+
+Reads one JSON list a line, [script, argument, ..., stdout file, stderr file], forks, runs the script as __main__ in the
+child, and answers with the child's exit status (negative: the signal that ended it).
+"""
+
+import json
+import os
+import runpy
+import sys
+import traceback
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import datasets  # noqa: F401
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM  # noqa: F401
+
+import quant_utils  # noqa: F401
+
+
+def run(script, arguments, out, err):
+    """Never returns: the child becomes the script, and ends with its exit status."""
+    for path, descriptor in ((os.devnull, 0), (out, 1), (err, 2)):
+        os.dup2(os.open(path, os.O_RDWR | os.O_CREAT), descriptor)
+    sys.argv = [script, *arguments]
+    status = 0
+    try:
+        runpy.run_path(script, run_name="__main__")
+    except SystemExit as stop:
+        status = stop.code or 0
+    except BaseException:
+        traceback.print_exc()
+        status = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+for line in sys.stdin:
+    script, *arguments, out, err = json.loads(line)
+    child = os.fork()
+    if child == 0:
+        run(script, arguments, out, err)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
