@@ -1046,6 +1046,7 @@ def is_sound(quantizer: Quantizer, width: int) -> bool:
 @contextmanager
 def one_line_errors(what: str, instead: str) -> Iterator[None]:
     """Turn what a loader of what raises into one UserError that says what to do; instead is another thing to give."""
+    from huggingface_hub.constants import HF_HUB_OFFLINE
     from huggingface_hub.errors import (
         GatedRepoError,
         LocalEntryNotFoundError,
@@ -1067,10 +1068,9 @@ def one_line_errors(what: str, instead: str) -> Iterator[None]:
 
         if caused_by(GatedRepoError):
             advice = "it is gated: accept its licence on its hub page, then log in with `hf auth login`"
-        elif caused_by(OfflineModeIsEnabled) or os.environ.get("HF_HUB_OFFLINE") == "1":
-            advice = f"no copy is cached and HF_HUB_OFFLINE forbids a download: unset it, or give {instead}"
-        elif caused_by(LocalEntryNotFoundError, ConnectionError, TimeoutError):
-            advice = f"the hub cannot be reached and no copy is cached: check the network, or give {instead}"
+        elif caused_by(OfflineModeIsEnabled, LocalEntryNotFoundError, ConnectionError, TimeoutError):
+            cure = "unset HF_HUB_OFFLINE" if HF_HUB_OFFLINE else "check the network"
+            advice = f"the hub cannot be reached and no copy is cached: {cure}, or give {instead}"
         elif caused_by(RepositoryNotFoundError):
             advice = (
                 "no such repository on the hub: check the spelling, or log in with `hf auth login` if it is private"
@@ -1227,18 +1227,23 @@ def sample_documents(
     return torch.stack(windows)
 
 
+def load_ids(name: str, split: str, tokenizer, least: int) -> Tensor:
+    """[N] ids of a text, its documents joined by blank lines; N is at least `least`, what one window takes."""
+    text = "\n\n".join(load_documents(name, split))
+    if not text.strip():
+        raise UserError(f"{name} is empty: give a text of at least {least} tokens")
+    ids = tokenize(tokenizer, text)
+    if len(ids) < least:
+        raise UserError(f"{name} has {len(ids)} tokens, and one window takes {least}: lower seqlen")
+    return ids
+
+
 def load_windows(name: str, tokenizer, spec: EvalSpec) -> Tensor:
     """[N, seqlen] ids: the evaluation windows of one dataset, at most spec.limit of them."""
-    documents = load_documents(name)
-    encode = partial(tokenize, tokenizer)
     if name == "c4":
-        return sample_documents(documents, encode, spec.seqlen, min(256, spec.limit))
-    if not any(documents):
-        raise UserError(f"{name} is empty: give a text of at least seqlen {spec.seqlen} tokens")
-    ids = encode("\n\n".join(documents))
-    if len(ids) < spec.seqlen:
-        raise UserError(f"{name} has {len(ids)} tokens, fewer than one window of seqlen {spec.seqlen}: lower seqlen")
-    return disjoint_windows(ids, spec.seqlen)[: spec.limit]
+        count = min(256, spec.limit)
+        return sample_documents(load_documents(name), partial(tokenize, tokenizer), spec.seqlen, count)
+    return disjoint_windows(load_ids(name, "test", tokenizer, spec.seqlen), spec.seqlen)[: spec.limit]
 
 
 def load_texts(config, tokenizer, spec: EvalSpec) -> dict[str, Tensor]:
@@ -1260,14 +1265,11 @@ def load_calibration_windows(config, tokenizer, spec: CalibrationSpec) -> Tensor
     need, free = 8 * spec.nsamples * spec.seqlen, free_memory("cpu")
     if need > free:
         raise UserError(f"nsamples {spec.nsamples} takes {need / 2**30:.0f} GiB for the token ids alone: lower it")
-    documents = load_documents(spec.dataset, "train")
-    encode = partial(tokenize, tokenizer)
     if spec.dataset == "c4":
+        documents, encode = load_documents("c4", "train"), partial(tokenize, tokenizer)
         windows = sample_documents(documents, encode, spec.seqlen, spec.nsamples, spec.seed)
     else:
-        ids = encode("\n\n".join(documents))
-        if len(ids) <= spec.seqlen:
-            raise UserError(f"{spec.dataset} has {len(ids)} tokens, too few for windows of {spec.seqlen}: lower seqlen")
+        ids = load_ids(spec.dataset, "train", tokenizer, spec.seqlen + 1)
         windows = sample_windows(ids, spec.seqlen, spec.nsamples, spec.seed)
     check_windows(config, windows)
     return windows

@@ -311,5 +311,5 @@ def test_a_site_that_never_runs_is_an_error_and_no_fit(model, calibration_window
 
 def test_calibration_text_that_is_too_short(config_and_tokenizer):
     how = qu.CalibrationSpec(str(SAMPLE), seqlen=5829)
-    with pytest.raises(qu.UserError, match="5829 tokens, too few for windows of 5829"):
+    with pytest.raises(qu.UserError, match="5829 tokens, and one window takes 5830"):
         qu.load_calibration_windows(*config_and_tokenizer, how)

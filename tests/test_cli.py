@@ -148,7 +148,7 @@ def test_a_projection_that_the_model_lacks():
 
 def test_a_text_shorter_than_one_window():
     process = run_script(DYNAMIC_SCRIPT, NANO, "--datasets", SAMPLE, "--seqlen", "6000")
-    assert_one_line_error(process, "sample.txt has 5829 tokens", "seqlen 6000", "lower seqlen")
+    assert_one_line_error(process, "sample.txt has 5829 tokens", "one window takes 6000", "lower seqlen")
 
 
 def test_a_damaged_text_file(tmp_path):
