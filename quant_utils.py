@@ -414,7 +414,7 @@ class Quantizer:
 
     def __post_init__(self):
         if self.spec.cap_outliers is not None and not self.is_static:
-            raise ValueError("cap_outliers needs a calibrated range")
+            raise UserError(f"cap_outliers {self.spec.cap_outliers:g} needs a calibrated range")
 
     @property
     def is_static(self) -> bool:
