@@ -289,6 +289,15 @@ def test_edited_and_truncated_files_are_read_or_refused(model, saved, quantizers
             assert all(torch.equal(read[n].codebook.levels, q.codebook.levels) for n, q in quantizers.items())
 
 
+def test_an_edited_number_does_not_pass_the_checksum(saved, quantizers, tmp_path):
+    content = Path(saved).read_bytes()
+    levels = quantizers["model.layers.0.self_attn.k_proj"].codebook.levels.numpy().tobytes()
+    assert content.count(levels) == 1
+    (tmp_path / "edited.pkl").write_bytes(content.replace(levels, levels[:-4] + b"\x00\x00\x80\x3f"))
+    with pytest.raises(qu.UserError, match=r"edited.pkl.* is damaged"):
+        qu.load_calibration(str(tmp_path / "edited.pkl"))
+
+
 def test_an_interrupted_save_leaves_the_old_file(saved, quantizers, model, tmp_path, monkeypatch):
     path = tmp_path / "q.pkl"
     path.write_bytes(b"old")
