@@ -64,6 +64,7 @@ class UserError(ValueError):
 
 
 def warn(message: str) -> None:
+    """One line on stderr, and the run goes on."""
     print(f"warning: {message}", file=sys.stderr)
 
 
@@ -230,6 +231,7 @@ class ModelSpec:
 
     @property
     def torch_device(self) -> torch.device:
+        """device, with auto resolved."""
         if self.device != "auto":
             return torch.device(self.device)
         return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
@@ -255,6 +257,7 @@ class Codebook:
         return (self.levels.double() * self.scale + self.offset).float()
 
     def to(self, device: torch.device) -> Codebook:
+        """The same with its levels on device."""
         return replace(self, levels=self.levels.to(device))
 
 
@@ -1430,6 +1433,7 @@ class Parser(ArgumentParser):
         super().__init__(allow_abbrev=False, formatter_class=HelpFormatter, **kwargs)
 
     def error(self, message: str):
+        """Exit with status 2 after one line."""
         self.exit(2, f"{self.prog}: error: {' '.join(message.split())} (--help lists the flags)\n")
 
 
