@@ -18,7 +18,8 @@ import quant_utils as qu  # noqa: E402
 EXAMPLES = """examples:
   %(prog)s meta-llama/Llama-3-8B --calibrate --abits 3 --nuq --fisher --include_sparse --quantizer_path nuq3.pkl
   %(prog)s meta-llama/Llama-3-8B --quantizer_path nuq3.pkl --datasets wikitext2,c4 --output nuq3.json
-  %(prog)s meta-llama/Llama-3-8B --abits 16     the unquantized baseline
+  %(prog)s meta-llama/Llama-3-8B --calibrate --abits 4,3,2 --nuq --quantizer_path nuq.pkl     three widths in one pass
+  %(prog)s meta-llama/Llama-3-8B --quantizer_path nuq.pkl --baseline --plot nuq.png           all, against fp16
 """
 QUANTIZATION = (
     "abits", "perchannel", "pertoken", "include_sparse", "sparsity_threshold", "first_few_fp16", "nf", "nuq",
@@ -40,8 +41,9 @@ def parse_args() -> tuple[Namespace, dict]:
     given = {
         name: value for name, value in vars(args).items() if name in QUANTIZATION + CALIBRATION and value is not absent
     }
+    defaults = parser.parse_args(["any"])
     for name in set(QUANTIZATION + CALIBRATION) - set(given):
-        setattr(args, name, parser.get_default(name))
+        setattr(args, name, getattr(defaults, name))
     return args, given
 
 
@@ -51,38 +53,45 @@ def take_stored_settings(args: Namespace, given: dict, stored: dict) -> None:
     def comparable(value):
         return sorted(value) if isinstance(value, list) else value
 
+    widths = stored.pop("abits", None)
+    if widths is None and "abits" not in given:
+        raise qu.UserError(f"{args.quantizer_path!r} does not say how many bits it is for: give --abits")
+    if widths is not None and (others := set(given.get("abits", ())) - {*widths, qu.UNQUANTIZED}):
+        sides = f"{sorted(others)} on the command line contradicts {widths} in {args.quantizer_path!r}"
+        raise qu.UserError(f"abits: {sides}; leave the flag out, or calibrate again")
+    args.abits = given.get("abits", widths)
     for name, value in stored.items():
         if name in given and comparable(given[name]) != comparable(value):
             sides = f"{given[name]} on the command line contradicts {value} in {args.quantizer_path!r}"
             raise qu.UserError(f"{name}: {sides}; leave the flag out, or calibrate again")
         setattr(args, name, value)
-    if "abits" not in stored and "abits" not in given:
-        raise qu.UserError(f"{args.quantizer_path!r} does not say how many bits it is for: give --abits")
 
 
 def calibrate(args: Namespace) -> None:
     """Fit, save, and print how well the quantizers fit and how to evaluate them."""
-    specs, which, how = qu.kv_spec(args), qu.model_spec(args), qu.calibration_spec(args)
-    if not specs:
+    for name in ("output", "resume", "baseline", "attribution", "plot", "plot_activations", "plot_layer"):
+        if value := getattr(args, name):
+            raise qu.UserError(f"--{name} {value} is for an evaluation: leave it out with --calibrate")
+    sweep, which, how = qu.kv_sweep(args), qu.model_spec(args), qu.calibration_spec(args)
+    if not all(sweep.values()):
         raise qu.UserError("--calibrate has nothing to fit with --abits 16, or without --perchannel and --pertoken")
     if args.quantizer_path is None:
         raise qu.UserError("--calibrate needs --quantizer_path FILE to save the quantizers to")
-    if args.output is not None:
-        raise qu.UserError(f"--output {args.output} is for an evaluation's results: leave it out with --calibrate")
+    check_exportable(args, sweep)
     qu.check_writable([args.quantizer_path, args.export_kvquant], [how.dataset])
 
-    qu.quiet_libraries()
+    qu.quiet_libraries(args.quiet)
     config, tokenizer = qu.load_config_and_tokenizer(which.name)
     windows = qu.load_calibration_windows(config, tokenizer, how)
     model = qu.load_model(which, config)
 
-    fitted = qu.calibrate(model, windows, specs, how)
-    quantizers = {name: quantizer for name, (quantizer, _) in fitted.items()}
+    fitted = qu.calibrate(model, windows, sweep, how)
+    quantizers = {bits: {name: quantizer for name, (quantizer, _) in sites.items()} for bits, sites in fitted.items()}
     settings = {name: getattr(args, name) for name in QUANTIZATION + CALIBRATION}
     qu.save_calibration(args.quantizer_path, quantizers, qu.provenance(model, which.name, settings, how.seqlen))
     if args.export_kvquant is not None:
-        qu.export_kvquant(args.export_kvquant, quantizers)
-    print(qu.fit_table({name: fit for name, (_, fit) in fitted.items()}))
+        qu.export_kvquant(args.export_kvquant, quantizers[args.abits[0]])
+    print(qu.fit_table(fitted))
     command = ["python3", sys.argv[0], which.name, "--quantizer_path", args.quantizer_path]
     command += ["--datasets", how.dataset, "--seqlen", str(how.seqlen)]
     for name in ("dtype", "device", "attn_implementation"):
@@ -90,35 +99,38 @@ def calibrate(args: Namespace) -> None:
     print(f"\nSaved to {args.quantizer_path}. To evaluate:\n{shlex.join(command)}")
 
 
+def check_exportable(args: Namespace, sweep: dict) -> None:
+    """Raise UserError unless there is one width to export, or none is to be."""
+    widths = [bits for bits, specs in sweep.items() if specs]
+    if args.export_kvquant is not None and len(widths) != 1:
+        has = ", ".join(map(str, widths)) or "nothing is quantized"
+        raise qu.UserError(f"--export_kvquant {args.export_kvquant} writes one width, and here: {has}")
+
+
 def evaluate(args: Namespace, given: dict) -> None:
     """Measure the perplexity with the quantizers of --quantizer_path, or without any at 16 bits."""
     stored = None
-    if args.abits == qu.UNQUANTIZED:
+    if args.abits == [qu.UNQUANTIZED]:
         if args.quantizer_path is not None:
-            qu.warn(f"--abits {args.abits} is the unquantized baseline: {args.quantizer_path!r} is not used")
+            qu.warn(f"--abits {qu.UNQUANTIZED} is the unquantized baseline: {args.quantizer_path!r} is not used")
+            args.quantizer_path = None
+    elif args.quantizer_path is None:
+        raise qu.UserError("--quantizer_path FILE is missing: make one with --calibrate, or give --abits 16")
     else:
-        if args.quantizer_path is None:
-            raise qu.UserError("--quantizer_path FILE is missing: make one with --calibrate, or give --abits 16")
         stored = qu.load_calibration(args.quantizer_path)
         take_stored_settings(args, given, stored["settings"])
-    specs, text, which = qu.kv_spec(args), qu.eval_spec(args), qu.model_spec(args)
-    if args.export_kvquant is not None and not specs:
-        raise qu.UserError(f"--export_kvquant {args.export_kvquant} has nothing to write: nothing is quantized")
-    qu.check_writable([args.export_kvquant, args.output], [*text.datasets, args.quantizer_path])
+    sweep = qu.kv_sweep(args)
+    check_exportable(args, sweep)
 
-    qu.quiet_libraries()
-    config, tokenizer = qu.load_config_and_tokenizer(which.name)
-    windows = qu.load_texts(config, tokenizer, text)
-    model = qu.load_model(which, config)
+    def quantizers_of(model, specs: qu.KVSpec) -> dict[str, qu.Quantizer]:
+        if not specs:
+            return {}
+        quantizers = qu.stored_quantizers(args.quantizer_path, stored, model, specs)
+        if args.export_kvquant is not None:
+            qu.export_kvquant(args.export_kvquant, quantizers)
+        return quantizers
 
-    quantizers = qu.stored_quantizers(args.quantizer_path, stored, model, specs) if stored else {}
-    if args.export_kvquant is not None:
-        qu.export_kvquant(args.export_kvquant, quantizers)
-    with qu.simulate_quantization(model, quantizers):
-        results = qu.print_results(model, windows, args.abits, text.batch_size)
-    qu.print_settings(model, which.name, text, specs)
-    if args.output is not None:
-        qu.write_json(args.output, qu.report(__file__, args, model, results))
+    qu.evaluate(__file__, args, sweep, quantizers_of)
 
 
 def main() -> None:

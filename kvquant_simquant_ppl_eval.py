@@ -16,7 +16,8 @@ import quant_utils as qu  # noqa: E402
 EXAMPLES = """examples:
   %(prog)s meta-llama/Llama-3-8B --abits 4 --datasets wikitext2 --seqlen 2048
   %(prog)s meta-llama/Llama-3-8B --abits 2 --include_sparse --first_few_fp16 1 --output two_bits.json
-  %(prog)s meta-llama/Llama-3-8B --abits 16 --datasets wikitext2,c4     the unquantized baseline
+  %(prog)s meta-llama/Llama-3-8B --abits 16,4,3,2 --datasets wikitext2,c4     a sweep, against the unquantized model
+  %(prog)s meta-llama/Llama-3-8B --abits 3 --attribution --plot layers.png   where the loss comes from
 """
 
 
@@ -31,21 +32,9 @@ def parse_args() -> Namespace:
 
 
 def main() -> None:
-    """Parse, load, evaluate, report."""
+    """Parse, then evaluate with dynamic quantizers."""
     args = parse_args()
-    specs, text, which = qu.kv_spec(args), qu.eval_spec(args), qu.model_spec(args)
-    qu.check_writable([args.output], text.datasets)
-
-    qu.quiet_libraries()
-    config, tokenizer = qu.load_config_and_tokenizer(which.name)
-    windows = qu.load_texts(config, tokenizer, text)
-    model = qu.load_model(which, config)
-
-    with qu.simulate_quantization(model, qu.dynamic_quantizers(model, specs)):
-        results = qu.print_results(model, windows, args.abits, text.batch_size)
-    qu.print_settings(model, which.name, text, specs)
-    if args.output is not None:
-        qu.write_json(args.output, qu.report(__file__, args, model, results))
+    qu.evaluate(__file__, args, qu.kv_sweep(args), qu.dynamic_quantizers)
 
 
 if __name__ == "__main__":

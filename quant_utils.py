@@ -21,9 +21,11 @@ Nothing is packed and no memory is saved: this measures the error of a quantized
 
 from __future__ import annotations
 
+import csv
 import importlib.metadata
 import importlib.util
 import io
+import itertools
 import json
 import logging
 import math
@@ -32,19 +34,29 @@ import pickle
 import random
 import re
 import signal
+import statistics
 import sys
 import time
 import warnings
 import zipfile
-from argparse import Action, ArgumentDefaultsHelpFormatter, ArgumentParser, Namespace, RawDescriptionHelpFormatter
+from argparse import (
+    Action,
+    ArgumentDefaultsHelpFormatter,
+    ArgumentParser,
+    ArgumentTypeError,
+    Namespace,
+    RawDescriptionHelpFormatter,
+)
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
+from hashlib import sha256
 from pathlib import Path
 from types import NoneType
 from typing import BinaryIO
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -53,6 +65,7 @@ from torch import Tensor, nn
 
 PER_CHANNEL, PER_TOKEN = -2, -1  # the axis of [B,T,C] that one range is shared along
 UNQUANTIZED = 16  # --abits of the baseline
+CACHE_PARTS = {"k_proj": "keys", "v_proj": "values"}  # what a projection's output is to the cache
 CODEBOOKS = {"uniform": "uniform", "nf": "NormalFloat", "nuq": "NUQ"}
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -235,6 +248,66 @@ class ModelSpec:
         if self.device != "auto":
             return torch.device(self.device)
         return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+
+    def resolved(self, config) -> ModelSpec:
+        """The same without any `auto`; only dtype keeps it, on a GPU, where config does not say."""
+        device, dtype, attention = self.torch_device, self.dtype, self.attn_implementation
+        if dtype == "auto":
+            own = str(config.dtype).removeprefix("torch.") if config.dtype else "auto"
+            dtype = "float32" if device.type == "cpu" else own
+        if attention == "auto":
+            half = device.type == "cuda" and dtype in ("float16", "bfloat16")
+            flash = half and importlib.util.find_spec("flash_attn") is not None
+            attention = "flash_attention_2" if flash else "sdpa"
+        if device.type == "cuda":
+            device = torch.device("cuda", device.index or 0)
+        return ModelSpec(self.name, dtype, str(device), attention)
+
+
+@dataclass(frozen=True)
+class OutputSpec:
+    """What becomes of the figures besides the printed table.
+
+    output            a .csv file for the table, any other for JSON; None for neither
+    resume            go on where output, the JSON of an interrupted run, stops
+    report_context    tokens of the cache whose size is reported
+    plot              .png or .svg: the sweep, or the attribution
+    plot_activations  .png or .svg: keys and values of one layer before and after quantization
+    plot_layer        which layer that is; None for the middle one
+    """
+
+    output: str | None = None
+    resume: bool = False
+    report_context: int = 131072
+    plot: str | None = None
+    plot_activations: str | None = None
+    plot_layer: int | None = None
+
+    def __post_init__(self):
+        if self.report_context < 1:
+            raise UserError(f"report_context must be at least 1, got {self.report_context}")
+        if self.resume and (self.output is None or self.is_csv):
+            raise UserError("--resume goes on with the JSON file that --output names: give it, not ending in .csv")
+        for name in ("plot", "plot_activations"):
+            path = getattr(self, name)
+            if path is not None and not path.lower().endswith((".png", ".svg")):
+                raise UserError(f"{name} {path!r} must end in .png or .svg")
+            if path is not None and importlib.util.find_spec("matplotlib") is None:
+                raise UserError(f"{name} needs matplotlib: pip install -r requirements.txt")
+        if self.plot_layer is not None and self.plot_activations is None:
+            raise UserError(f"plot_layer {self.plot_layer} chooses what --plot_activations draws: give that too")
+
+    @property
+    def is_csv(self) -> bool:
+        """Whether output is a table, not JSON."""
+        return self.output is not None and self.output.lower().endswith(".csv")
+
+    def layer(self, config) -> int:
+        """plot_layer, checked against a model of this config."""
+        count = config.get_text_config().num_hidden_layers
+        if not 0 <= (self.plot_layer or 0) < count:
+            raise UserError(f"plot_layer must be in 0..{count - 1} for this model, got {self.plot_layer}")
+        return count // 2 if self.plot_layer is None else self.plot_layer
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -453,30 +526,68 @@ def keep_and_range(y: Tensor, quantizer: Quantizer) -> tuple[Tensor, Tensor, Ten
     return keep, lo, hi
 
 
-def fake_quantize(x: Tensor, quantizer: Quantizer) -> Tensor:
-    """x [B,T,C] quantized and dequantized: the same shape and dtype, arithmetic in fp32.
+def quantize(x: Tensor, quantizer: Quantizer) -> tuple[Tensor, Tensor]:
+    """(x [B,T,C] quantized and dequantized in its own dtype, [B] how many outliers of each sequence stayed exact).
 
-    Sink tokens take no part: they come back as they are, and neither quantiles nor ranges see them.
+    Arithmetic is in fp32. Sink tokens take no part: they come back as they are, and no quantile or range sees them.
     """
     spec = quantizer.spec
     if x.ndim != 3:
-        raise ValueError(f"fake_quantize takes [batch, tokens, channels], got a tensor of shape {tuple(x.shape)}")
+        raise ValueError(f"quantize takes [batch, tokens, channels], got a tensor of shape {tuple(x.shape)}")
+    none = torch.zeros(len(x), dtype=torch.long, device=x.device)
     sinks, body = x[:, : spec.sink_tokens], x[:, spec.sink_tokens :]
     if body.numel() == 0:
-        return x
+        return x, none
     y = body.float()
     keep, lo, hi = keep_and_range(y, quantizer)
     snapped = snap(y, lo, hi, quantizer.codebook).to(x.dtype)
-    return torch.cat([sinks, torch.where(keep, body, snapped)], dim=1)
+    outliers = keep.sum((1, 2)) if spec.include_sparse else none
+    return torch.cat([sinks, torch.where(keep, body, snapped)], dim=1), outliers
 
 
-def token_nll(logits: Tensor, ids: Tensor, chunk: int = 1024) -> Tensor:
-    """[B, T-1] nats: the loss of ids[:, 1:] under logits [B,T,V], in fp32, chunk tokens at a time to bound memory."""
-    losses = []
-    for scores, target in zip(logits[:, :-1].split(chunk, dim=1), ids[:, 1:].split(chunk, dim=1), strict=True):
-        loss = F.cross_entropy(scores.float().flatten(0, 1), target.flatten(), reduction="none")  # [B * chunk]
-        losses.append(loss.view(target.shape))
-    return torch.cat(losses, dim=1)
+def fake_quantize(x: Tensor, quantizer: Quantizer) -> Tensor:
+    """x [B,T,C] quantized and dequantized: the same shape and dtype (see quantize)."""
+    return quantize(x, quantizer)[0]
+
+
+def outlier_mask(x: Tensor, quantizer: Quantizer) -> Tensor:
+    """[B,T,C] which entries of x stay exact as outliers; sink tokens are none."""
+    sinks = min(quantizer.spec.sink_tokens, x.shape[1] - 1)
+    return F.pad(keep_and_range(x[:, sinks:].float(), quantizer)[0], (0, 0, sinks, 0))
+
+
+def storage_bits(quantizer: Quantizer | None, tokens: int, channels: int) -> int:
+    """Bits that a cache spends on [tokens, channels] entries, its outliers not counted; 16 an entry without quantizer.
+
+    A sink entry takes 16, a dynamic range two fp16 numbers; calibrated ranges and codebooks are constants of the model.
+    """
+    if quantizer is None:
+        return 16 * tokens * channels
+    spec = quantizer.spec
+    sinks = min(spec.sink_tokens, tokens)
+    ranges = channels if spec.axis == PER_CHANNEL else tokens - sinks
+    entries = 16 * sinks * channels + spec.bits * (tokens - sinks) * channels
+    return entries + (0 if quantizer.is_static else 32 * ranges)
+
+
+OUTLIER_BITS = 32  # on top of its place among the quantized: a 16-bit value and a 16-bit index
+
+
+def divergence(reference: Tensor, log_probs: Tensor) -> Tensor:
+    """[...] nats: KL(reference || log_probs) of next-token distributions given as log probabilities [..., V]."""
+    return (reference.exp() * (reference - log_probs)).sum(-1).clamp(min=0)  # rounding can fall below zero
+
+
+def token_statistics(log_probs: Tensor, targets: Tensor, reference: Tensor | None) -> Tensor:
+    """[3,B,T]: loss of targets [B,T] in nats, KL divergence from reference, and whether both predict the same token.
+
+    log_probs and reference are [B,T,V]; without a reference the last two are zero.
+    """
+    nll = -log_probs.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
+    if reference is None:
+        return torch.stack([nll, torch.zeros_like(nll), torch.zeros_like(nll)])
+    agrees = reference.argmax(-1) == log_probs.argmax(-1)
+    return torch.stack([nll, divergence(reference, log_probs), agrees.float()])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -552,14 +663,75 @@ def dynamic_quantizers(model: nn.Module, specs: KVSpec) -> dict[str, Quantizer]:
     return {name: Quantizer(spec, data_free_codebook(spec)) for name, spec in chosen.items()}
 
 
-def simulate_quantization(model: nn.Module, quantizers: Mapping[str, Quantizer]):
-    """Context manager: inside it, model attends to the keys and values that a quantized cache would give back."""
+@contextmanager
+def simulate_quantization(model: nn.Module, quantizers: Mapping[str, Quantizer]) -> Iterator[dict[str, Tensor]]:
+    """Inside the block model attends to the keys and values that a quantized cache would give back.
+
+    Yields {site: [B] outliers of each sequence}, of the latest forward pass.
+    """
     sites = {name: model.get_submodule(name) for name in quantizers}
+    outliers: dict[str, Tensor] = {}
 
     def transform(name: str) -> Callable[[Tensor], Tensor]:
-        return partial(fake_quantize, quantizer=quantizers[name].to(sites[name].weight.device))
+        quantizer = quantizers[name].to(sites[name].weight.device)
 
-    return hooked(sites, transform)
+        def on_output(out: Tensor) -> Tensor:
+            quantized, outliers[name] = quantize(out, quantizer)
+            return quantized
+
+        return on_output
+
+    with hooked(sites, transform):
+        yield outliers
+
+
+def cache_widths(model: nn.Module) -> dict[str, dict[str, int]]:
+    """{"keys": {site: C, ...}, "values": {...}}: all that model caches, quantized or not, in model order."""
+    leaves = {name: name.rpartition(".")[2] for name in projections(model)}
+    parts = {part: {} for part in CACHE_PARTS.values()}
+    for name, module in projections(model).items():
+        if leaves[name] in CACHE_PARTS:
+            parts[CACHE_PARTS[leaves[name]]][name] = output_width(module)
+    return parts
+
+
+@dataclass(frozen=True, eq=False)
+class Setting:
+    """One row of the report: a width, what is quantized to it ("keys and values"), by which {site: Quantizer}."""
+
+    abits: int
+    quantized: str
+    quantizers: Mapping[str, Quantizer]
+
+    def __str__(self) -> str:
+        return f"abits {self.abits}, {self.quantized}"
+
+
+def parts_of(sites: Iterable[str]) -> str:
+    """Such as "keys and values": what the projections at sites are to the cache."""
+    leaves = dict.fromkeys(name.rpartition(".")[2] for name in sites)
+    return " and ".join(CACHE_PARTS.get(leaf, leaf) for leaf in leaves) or "nothing"
+
+
+def on_device(model: nn.Module, quantizers: Mapping[str, Quantizer]) -> dict[str, Quantizer]:
+    """The same {site: Quantizer}, each where its projection is."""
+    return {name: each.to(model.get_submodule(name).weight.device) for name, each in quantizers.items()}
+
+
+def parts_of_setting(whole: Setting) -> list[Setting]:
+    """Settings that quantize a part of what whole does: each projection in all layers, all of them, one layer each."""
+    parts: dict[str, dict[str, Quantizer]] = {}
+    layers: dict[str, dict[str, Quantizer]] = {}
+    for name, quantizer in whole.quantizers.items():
+        parts.setdefault(parts_of([name]), {})[name] = quantizer
+        layers.setdefault(f"layer {layer_of(name)}", {})[name] = quantizer
+    rows = parts | {whole.quantized: whole.quantizers} | layers
+    return [Setting(whole.abits, quantized, quantizers) for quantized, quantizers in rows.items()]
+
+
+def layer_of(site: str) -> int:
+    """The number in a site's name: 3 for model.layers.3.self_attn.k_proj."""
+    return next(int(word) for word in site.split(".") if word.isdigit())
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -578,8 +750,6 @@ class Fit:
 
 def record_activations(model: nn.Module, sites: Mapping[str, nn.Module], windows: Tensor) -> dict[str, Tensor]:
     """{site: [N,T,C]}: every site's output over windows [N,T], in host memory and the model's dtype."""
-    from tqdm import tqdm
-
     count, seqlen = windows.shape
     need, free = windows.numel() * sum(map(output_width, sites.values())) * model.dtype.itemsize, free_memory("cpu")
     if need > free:
@@ -592,7 +762,7 @@ def record_activations(model: nn.Module, sites: Mapping[str, nn.Module], windows
         seen[name][window] = out[0]
 
     with torch.inference_mode():
-        for window in tqdm(range(count), desc="calibrate: activations", unit="window", leave=False, disable=None):
+        for window in progress("activations", range(count)):
             with hooked(sites, lambda name, window=window: partial(record, name, window)):
                 model.base_model(input_ids=windows[window : window + 1].to(model.device), use_cache=False)
     return seen
@@ -653,8 +823,6 @@ def fisher_histograms(
 
     Only the sites' outputs require gradients, no parameter does: the first site starts the graph.
     """
-    from tqdm import tqdm
-
     sites = {name: model.get_submodule(name) for name in quantizers}
     local = {name: quantizer.to(sites[name].weight.device) for name, quantizer in quantizers.items()}
     totals = dict.fromkeys(quantizers, 0)
@@ -673,9 +841,10 @@ def fisher_histograms(
         return on_output
 
     with torch.enable_grad(), checkpointing_if_short(model, windows.shape[1]), hooked(sites, watch):
-        for ids in tqdm(windows, desc="calibrate: Fisher information", unit="window", leave=False, disable=None):
-            ids = ids[None].to(model.device)
-            token_nll(model(input_ids=ids, use_cache=False).logits, ids).sum().backward()
+        for ids in progress("Fisher information", windows):
+            ids = ids.to(model.device)
+            logits = model(input_ids=ids[None], use_cache=False).logits[0, :-1]
+            F.cross_entropy(logits.float(), ids[1:].to(logits.device), reduction="sum").backward()
     for name, total in totals.items():
         if not total.isfinite().all():
             raise UserError(f"gradients at {name} overflow in {dtype_name(model)}: try --dtype bfloat16 or float32")
@@ -712,12 +881,14 @@ def checkpointing_if_short(model: nn.Module, tokens: int) -> Iterator[bool]:
 
 
 def calibrate(
-    model: nn.Module, windows: Tensor, specs: KVSpec, calibration: CalibrationSpec
-) -> dict[str, tuple[Quantizer, Fit]]:
-    """{site: (quantizer, how well it fits)} for every site that specs names, from windows [N,T] of sample text.
+    model: nn.Module, windows: Tensor, sweep: Mapping[int, KVSpec], calibration: CalibrationSpec
+) -> dict[int, dict[str, tuple[Quantizer, Fit]]]:
+    """{bits: {site: (quantizer, how well it fits)}} for all that sweep {bits: specs} asks, from windows [N,T] of text.
 
-    The activations of all windows wait in host memory and are fitted one projection at a time on its own device.
+    Ranges and histograms do not depend on bits, so one pass serves every width. The activations of all windows wait in
+    host memory and are fitted one projection at a time on its own device.
     """
+    specs = next(iter(sweep.values()))
     sites = find_sites(model, specs)
     seen = record_activations(model, sites, windows)
 
@@ -727,22 +898,32 @@ def calibrate(
             raise UserError(f"{name} overflows in {dtype_name(model)}, or never ran: try --dtype bfloat16 or float32")
         return x
 
-    quantizers = {name: fit_range(activations(name), specs[name.rpartition(".")[2]]) for name in sites}
-    to_fit = {name: quantizer for name, quantizer in quantizers.items() if quantizer.spec.codebook == "nuq"}
+    ranges = {name: fit_range(activations(name), specs[name.rpartition(".")[2]]) for name in sites}
+    to_fit = {name: quantizer for name, quantizer in ranges.items() if quantizer.spec.codebook == "nuq"}
     histograms = fisher_histograms(model, windows, to_fit, calibration.fisher) if calibration.fisher else {}
-    fitted = {}
-    for name, quantizer in quantizers.items():
+    fitted: dict[int, dict[str, tuple[Quantizer, Fit]]] = {bits: {} for bits in sweep}
+    for name, quantizer in ranges.items():
         x = activations(name)
-        codebook = quantizer.codebook
-        if name in to_fit:
-            histogram = histograms[name] if name in histograms else nuq_histogram(x, quantizer)
-            codebook = Codebook(kmeans_levels(histogram, quantizer.spec.bits))
-        if calibration.q_norm:
-            unit, inlier, _ = inliers(x, quantizer)
-            codebook = q_norm(unit[inlier], codebook.levels.to(x.device))
-        quantizer = replace(quantizer, codebook=codebook).to(x.device)
-        fitted[name] = quantizer.to(torch.device("cpu")), measure_fit(x, quantizer)
+        if name in to_fit and name not in histograms:
+            histograms[name] = nuq_histogram(x, quantizer)
+        for bits, each in sweep.items():
+            quantizer = replace(quantizer, spec=each[name.rpartition(".")[2]])
+            fitted[bits][name] = fit_codebook(x, quantizer, histograms.get(name), calibration.q_norm)
     return fitted
+
+
+def fit_codebook(x: Tensor, quantizer: Quantizer, histogram: Tensor | None, rescale: bool) -> tuple[Quantizer, Fit]:
+    """(quantizer on the CPU with its codebook, how well it fits x [N,T,C]).
+
+    histogram is what NUQ levels are fitted to, None for other levels; rescale applies Q-Norm.
+    """
+    spec = quantizer.spec
+    codebook = data_free_codebook(spec) if histogram is None else Codebook(kmeans_levels(histogram, spec.bits))
+    if rescale:
+        unit, inlier, _ = inliers(x, quantizer)
+        codebook = q_norm(unit[inlier], codebook.levels.to(x.device))
+    quantizer = replace(quantizer, codebook=codebook).to(x.device)
+    return quantizer.to(torch.device("cpu")), measure_fit(x, quantizer)
 
 
 def measure_fit(x: Tensor, quantizer: Quantizer) -> Fit:
@@ -808,19 +989,21 @@ def write_atomically(path: str, write: Callable[[BinaryIO], None]) -> None:
         raise UserError(f"{path!r} could not be written ({error.strerror}): what stood there is untouched") from error
 
 
-FILE_FORMAT, FILE_VERSION = "kvquant simulation: calibrated quantizers", 1
+FILE_FORMAT, FILE_VERSION = "kvquant simulation: calibrated quantizers", 2
 
 
-def save_calibration(path: str, quantizers: Mapping[str, Quantizer], record: Mapping) -> None:
-    """Write plain dicts and tensors, atomically: the quantizers, and record, which says how they were made.
+def save_calibration(path: str, fitted: Mapping[int, Mapping[str, Quantizer]], record: Mapping) -> None:
+    """Write plain dicts and tensors, atomically: the quantizers {bits: {site: Quantizer}}, and how they were made.
 
     record holds "model" {"name", "channels" {site: C}}, "settings" and "calibration" (flags), and "versions".
+    A site's range is the same for every width, its codebook is not.
     """
-    tensors = {
-        name: {**{part: getattr(q.codebook, part) for part in ("levels", "scale", "offset")}, "lo": q.lo, "hi": q.hi}
-        for name, q in quantizers.items()
-    }
-    data = {"format": FILE_FORMAT, "format_version": FILE_VERSION, **record, "quantizers": tensors}
+    stored: dict[str, dict] = {}
+    for bits, quantizers in fitted.items():
+        for name, q in quantizers.items():
+            codebook = {part: getattr(q.codebook, part) for part in ("levels", "scale", "offset")}
+            stored.setdefault(name, {"lo": q.lo, "hi": q.hi, "codebooks": {}})["codebooks"][bits] = codebook
+    data = {"format": FILE_FORMAT, "format_version": FILE_VERSION, **record, "quantizers": stored}
     content = io.BytesIO()
     torch.save(data, content)
     write_atomically(path, lambda file: file.write(content.getbuffer()))
@@ -841,9 +1024,9 @@ def provenance(model: nn.Module, name: str, settings: Mapping, seqlen: int) -> d
 
 
 SETTING_TYPES = {
-    **dict.fromkeys(("perchannel", "pertoken"), list),
+    **dict.fromkeys(("abits", "perchannel", "pertoken"), list),
     **dict.fromkeys(("include_sparse", "nf", "nuq", "norm", "clamp", "fisher"), bool),
-    **dict.fromkeys(("abits", "first_few_fp16", "nsamples", "seed"), int),
+    **dict.fromkeys(("first_few_fp16", "nsamples", "seed"), int),
     **dict.fromkeys(("fisher_weighting", "calib_dataset"), str),
     "sparsity_threshold": float,
     "cap_outliers": (float, NoneType),
@@ -881,6 +1064,11 @@ def read_ours(path: str) -> dict:
     data = torch.load(path, weights_only=True, map_location="cpu")
     if data["format"] != FILE_FORMAT:
         raise ValueError("it has another format")
+    if data["format_version"] == 1:  # of a single width
+        data["format_version"], bits = 2, data["settings"]["abits"]
+        data["settings"]["abits"] = [bits]
+        for parts in data["quantizers"].values():
+            parts["codebooks"] = {bits: {part: parts.pop(part) for part in ("levels", "scale", "offset")}}
     return data
 
 
@@ -888,18 +1076,22 @@ def check_contents(data: Mapping) -> None:
     """Raise ValueError, TypeError or KeyError unless load_calibration's data has every part, of the right type."""
     settings, model = data["settings"], data["model"]
     wrong = [name for name in settings if not isinstance(settings[name], SETTING_TYPES[name])]
-    if not 2 <= settings.get("abits", 4) <= 8:
+    widths = settings.get("abits", [4])
+    if not widths or not all(type(bits) is int and 2 <= bits <= 8 for bits in widths) or len(set(widths)) < len(widths):
         wrong.append("abits")
     if not isinstance(model["name"], (str, NoneType)):
         wrong.append("model")
     leaves = [*settings.get("perchannel", ()), *settings.get("pertoken", ())]
     wrong += [leaf for leaf in [*leaves, *data["quantizers"]] if not isinstance(leaf, str)]
     for name, parts in data["quantizers"].items():
-        tensors = [parts[part] for part in ("levels", "lo", "hi") if parts[part] is not None]
-        numbers = [parts[part] for part in ("scale", "offset")]
+        codebooks = list(parts["codebooks"].values())
+        tensors = [parts[part] for part in ("lo", "hi") if parts[part] is not None]
+        tensors += [codebook["levels"] for codebook in codebooks]
+        numbers = [codebook[part] for codebook in codebooks for part in ("scale", "offset")]
         sound = all(type(t) is Tensor and t.layout is torch.strided and not t.requires_grad for t in tensors)
         sound = sound and all(t.dtype == torch.float32 and t.ndim == 1 and t.isfinite().all() for t in tensors)
-        sound = sound and all(isinstance(x, float) and math.isfinite(x) for x in numbers) and parts["scale"] > 0
+        sound = sound and all(isinstance(x, float) and math.isfinite(x) for x in numbers)
+        sound = sound and all(codebook["scale"] > 0 for codebook in codebooks)
         if not sound or not isinstance(model["channels"][name], (int, NoneType)):
             wrong.append(name)
     if wrong:
@@ -978,11 +1170,12 @@ def read_kvquant(path: str) -> dict:
         scale, offset = (float(plain(x)) for x in rest[1:]) if len(rest) == 3 else (1.0, 0.0)
         upper, lower = plain(upper).float(), plain(lower).float()
         widths[name] = upper.numel() if len(upper) == 1 else None
-        codebook = {"levels": levels, "scale": scale, "offset": offset}
-        quantizers[name] = codebook | {"lo": lower.flatten(), "hi": upper.flatten()}
+        quantizers[name] = {"lo": lower.flatten(), "hi": upper.flatten(), "codebooks": {}}
         settings = {"nuq": levels is not None, "norm": len(rest) == 3}
         if levels is not None:
-            settings["abits"] = len(levels).bit_length() - 1
+            bits = len(levels).bit_length() - 1
+            quantizers[name]["codebooks"] = {bits: {"levels": levels, "scale": scale, "offset": offset}}
+            settings["abits"] = [bits]
     model = {"name": None, "channels": widths}
     return {"format_version": FILE_VERSION, "model": model, "settings": settings, "quantizers": quantizers}
 
@@ -1019,13 +1212,15 @@ def stored_quantizers(path: str, data: Mapping, model: nn.Module, specs: KVSpec)
     quantizers = {}
     for name, parts in stored.items():
         spec = specs[name.rpartition(".")[2]]
-        codebook = Codebook(parts["levels"], parts["scale"], parts["offset"])
-        if parts["levels"] is None:
+        known, codebook = parts["codebooks"], None
+        if spec.bits in known:
+            codebook = Codebook(**known[spec.bits])
+        elif not known and spec.codebook != "nuq":  # a file of KVQuant's own
             codebook = data_free_codebook(spec)
         bounds = (parts["lo"], parts["hi"]) if spec.axis == PER_CHANNEL else (None, None)
-        quantizers[name] = Quantizer(spec, codebook, *bounds)
-        if not is_sound(quantizers[name], widths[name]):
+        if codebook is None or not is_sound(quantizer := Quantizer(spec, codebook, *bounds), widths[name]):
             raise UserError(f"quantizer file {path!r} has no usable {spec.bits}-bit quantizer for {name}")
+        quantizers[name] = quantizer
     return quantizers
 
 
@@ -1084,8 +1279,8 @@ def one_line_errors(what: str, instead: str) -> Iterator[None]:
         raise UserError(f"cannot load {what}: {advice}") from error
 
 
-def quiet_libraries() -> None:
-    """Silence the loaders' own chatter: stderr carries our progress and warnings only."""
+def quiet_libraries(quiet: bool = False) -> None:
+    """Silence the loaders' own chatter: stderr carries our progress, unless quiet, and warnings only."""
     import datasets
     import huggingface_hub.utils.logging
     import transformers
@@ -1093,9 +1288,16 @@ def quiet_libraries() -> None:
     huggingface_hub.utils.logging.set_verbosity_error()
     transformers.logging.set_verbosity_error()
     datasets.utils.logging.set_verbosity(logging.CRITICAL)
-    if not sys.stderr.isatty():
+    if quiet or not sys.stderr.isatty():
         datasets.disable_progress_bars()
-        transformers.logging.disable_progress_bar()
+        transformers.logging.disable_progress_bar()  # ours, too
+
+
+def progress(label: str, items: Iterable | None = None, total: int | None = None, initial: int = 0):
+    """A tqdm bar on stderr, over items or to be moved by hand; none where quiet_libraries switched bars off."""
+    from transformers.utils.logging import tqdm
+
+    return tqdm(items, desc=label, total=total, initial=initial, unit="window", leave=False, disable=None)
 
 
 def load_config_and_tokenizer(name: str):
@@ -1119,22 +1321,14 @@ def load_model(spec: ModelSpec, config) -> nn.Module:
     """The model on its device, in eval mode, every `auto` of spec resolved (see ModelSpec)."""
     from transformers import AutoModelForCausalLM
 
-    device = spec.torch_device
-    dtype = spec.dtype
-    if dtype == "auto" and device.type == "cpu":
-        dtype = "float32"
-    half = dtype in ("float16", "bfloat16") or (dtype == "auto" and config.dtype in (torch.float16, torch.bfloat16))
-    attention = spec.attn_implementation
-    if attention == "auto":
-        flash = device.type == "cuda" and half and importlib.util.find_spec("flash_attn") is not None
-        attention = "flash_attention_2" if flash else "sdpa"
+    spec = spec.resolved(config)
     with one_line_errors(f"model {spec.name!r}", "a local folder"):
         model, found = AutoModelForCausalLM.from_pretrained(
             spec.name,
             config=config,
-            dtype=dtype,
-            device_map=device,
-            attn_implementation=attention,
+            dtype=spec.dtype,
+            device_map=spec.torch_device,
+            attn_implementation=spec.attn_implementation,
             output_loading_info=True,
         )
     if missing := sorted(found["missing_keys"]):
@@ -1290,120 +1484,313 @@ def check_windows(config, windows: Tensor) -> None:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# 7. Evaluation: a model and windows in, numbers out; it knows nothing of the method
+# 7. Evaluation: a model, windows and settings in, numbers out
 
 
 @dataclass(frozen=True)
-class Result:
-    """One row of the report: ppl = exp(nll), nll the mean in nats over all predicted tokens."""
+class Window:
+    """What one window gave under one setting: means over its predicted tokens, average bits over its cache entries."""
 
-    dataset: str
-    abits: int
-    ppl: float
     nll: float
-    windows: int
-    tokens: int
-    seconds: float
+    kl: float | None = None  # against the unquantized model, where that is measured
+    top1_agreement: float | None = None
+    key_bits: float | None = None  # None where the model has no such projection
+    value_bits: float | None = None
 
 
-def perplexity(losses: Sequence[float], seqlen: int) -> float:
-    """exp(total loss / predicted tokens) of windows with summed losses in nats; seqlen - 1 predictions a window."""
-    try:
-        return math.exp(math.fsum(losses) / (len(losses) * (seqlen - 1)))
-    except OverflowError:
-        return math.inf
+@dataclass(frozen=True, eq=False)
+class Run:
+    """One evaluation, and what is known of it so far.
+
+    texts     {dataset: windows [N,T]}
+    settings  the unquantized model first, if the others are to be compared with it
+    widths    cache_widths of the model
+    context   tokens of the cache whose size is reported
+    measured  {dataset: [window][setting]}
+    seconds   {dataset: wall time of what is measured}
+    """
+
+    texts: Mapping[str, Tensor]
+    settings: Sequence[Setting]
+    widths: Mapping[str, Mapping[str, int]]
+    context: int = OutputSpec.report_context
+    measured: dict[str, list[list[Window]]] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def is_paired(self) -> bool:
+        """Whether settings are compared with the unquantized model."""
+        return len(self.settings) > 1 and self.settings[0].abits == UNQUANTIZED
+
+
+WINDOW_FIGURES = tuple(each.name for each in fields(Window))
+HEAD_ENTRIES = 2**25  # in a chunk of logits: 128 MiB in fp32
+
+
+def head(model: nn.Module, output, tokens: slice) -> Tensor:
+    """[B,t,V] fp32 log probabilities at some tokens of output, which is what the model's body returned.
+
+    The model's own class computes the logits, with all that it does after the projection (soft caps, scales); only its
+    body is passed over.
+    """
+    part = type(output)(last_hidden_state=output.last_hidden_state[:, tokens])
+    blank = torch.zeros(part.last_hidden_state.shape[:2], dtype=torch.long, device=model.device)
+    with patch.object(model.base_model, "forward", lambda *args, **kwargs: part):
+        return model(input_ids=blank, use_cache=False).logits.float().log_softmax(-1)
+
+
+def mean_statistics(model: nn.Module, ids: Tensor, outputs: Sequence, is_paired: bool) -> Tensor:
+    """[S,3,B] means of token_statistics over the predicted tokens of ids [B,T], from the body's output in S settings.
+
+    If is_paired the first is the reference. Logits exist a chunk at a time: one of a setting, one to compare it with.
+    """
+    predicted = ids.shape[1] - 1
+    totals = torch.zeros(len(outputs), 3, len(ids), dtype=torch.float64, device=ids.device)
+    chunk = max(1, HEAD_ENTRIES // (len(ids) * model.config.get_text_config().vocab_size))
+    for start in range(0, predicted, chunk):
+        stop, reference = min(start + chunk, predicted), None
+        for total, output in zip(totals, outputs, strict=True):
+            log_probs = head(model, output, slice(start, stop))
+            reference = log_probs if is_paired and reference is None else reference
+            targets = ids[:, start + 1 : stop + 1].to(log_probs.device)
+            total += token_statistics(log_probs, targets, reference).sum(-1, dtype=torch.float64).to(total.device)
+    return totals / predicted
+
+
+def average_bits(
+    widths: Mapping[str, int], quantizers: Mapping[str, Quantizer], outliers: Mapping[str, Tensor], ids: Tensor
+) -> list[float | None]:
+    """[B] bits an entry in the caches of windows ids [B,T], over projections {site: C}; None if there are none."""
+    if not widths:
+        return [None] * len(ids)
+    tokens = ids.shape[1]
+    fixed = sum(storage_bits(quantizers.get(name), tokens, width) for name, width in widths.items())
+    counts = [torch.zeros_like(ids[:, 0]), *(outliers[name].to(ids.device) for name in widths if name in outliers)]
+    entries = tokens * sum(widths.values())
+    return [(fixed + OUTLIER_BITS * count) / entries for count in torch.stack(counts).sum(0).tolist()]
 
 
 @torch.inference_mode()
-def evaluate(model: nn.Module, windows: Tensor, batch_size: int = 1, label: str = "") -> list[float]:
-    """The summed loss of every window of windows [N,T], in nats; a progress bar shows on stderr if that is a terminal.
+def measure_batch(
+    model: nn.Module, ids: Tensor, run: Run, on_forward: Callable[[int], object] = int
+) -> list[list[Window]]:
+    """[B][setting] for windows ids [B,T] in every setting of run; on_forward(B) is called after each forward pass.
 
-    Raises UserError at the first window that makes the perplexity infinite or nan; label names the text and setting.
+    The unquantized model's logits are computed once, for all settings that are compared with it.
     """
-    from tqdm import tqdm
-
-    losses: list[float] = []
-    seqlen = windows.shape[1]
-    with tqdm(total=len(windows), desc=label, unit="window", leave=False, disable=None) as bar:
-        for ids in windows.split(min(batch_size, len(windows))):
-            logits = model(input_ids=ids.to(model.device), use_cache=False).logits
-            batch = token_nll(logits, ids.to(logits.device)).double().sum(1).tolist()  # [B]
-            for loss in batch:
-                losses.append(loss)
-                if not math.isfinite(perplexity([loss], seqlen)):
-                    dtype, place = dtype_name(model), f"window {len(losses)} of {len(windows)}"
-                    advice = "the model is broken" if dtype == "float32" else "try --dtype bfloat16 or float32"
-                    raise UserError(f"{label}: {place} has loss {loss} in {dtype}: {advice}")
-            bar.update(len(batch))
-            bar.set_postfix(ppl=f"{perplexity(losses, seqlen):.4f}")
-    return losses
+    ids = ids.to(model.device)
+    outputs, outliers = [], []
+    for setting in run.settings:
+        with simulate_quantization(model, setting.quantizers) as counts:
+            outputs.append(model.base_model(input_ids=ids, use_cache=False))
+        outliers.append(counts)
+        on_forward(len(ids))
+    means = mean_statistics(model, ids, outputs, run.is_paired).tolist()
+    columns = []
+    for setting, counts, (nll, *paired) in zip(run.settings, outliers, means, strict=True):
+        paired = paired if run.is_paired else [[None] * len(ids)] * 2
+        bits = [average_bits(run.widths[part], setting.quantizers, counts, ids) for part in ("keys", "values")]
+        columns.append([Window(*figures) for figures in zip(nll, *paired, *bits, strict=True)])
+    return [list(row) for row in zip(*columns, strict=True)]
 
 
-def measure(model: nn.Module, windows: Tensor, dataset: str, abits: int, batch_size: int) -> Result:
-    """Evaluate model, as it is hooked now, on windows [N,T] of a dataset."""
-    start = time.perf_counter()
-    losses = evaluate(model, windows, batch_size, label=f"{dataset}, abits {abits}")
-    count, seqlen = windows.shape
-    ppl, tokens = perplexity(losses, seqlen), count * (seqlen - 1)
-    return Result(dataset, abits, ppl, math.fsum(losses) / tokens, count, tokens, time.perf_counter() - start)
+def measure(model: nn.Module, run: Run, batch_size: int = 1) -> Iterator[tuple[str, bool]]:
+    """Fill run.measured, batch by batch; yields (dataset, whether that is all of it) after each.
+
+    Raises UserError at the first window whose perplexity is infinite or nan.
+    """
+    total, done = (sum(map(len, each.values())) * len(run.settings) for each in (run.texts, run.measured))
+    with progress("measure", total=total, initial=done) as bar:
+        for dataset, windows in run.texts.items():
+            rows = run.measured.setdefault(dataset, [])
+            for first in range(len(rows), len(windows), batch_size):
+                start = time.perf_counter()
+                batch = measure_batch(model, windows[first : first + batch_size], run, bar.update)
+                check_finite(model, run, dataset, batch)
+                rows.extend(batch)  # at once, whatever interrupts
+                run.seconds[dataset] = run.seconds.get(dataset, 0.0) + time.perf_counter() - start
+                running = [f"{perplexity([window.nll for window in column]):.4f}" for column in zip(*rows, strict=True)]
+                bar.set_postfix_str(f"ppl {' '.join(running[:4])}{' ...' * (len(running) > 4)}")
+                yield dataset, False
+            yield dataset, True
+
+
+def check_finite(model: nn.Module, run: Run, dataset: str, batch: Sequence[Sequence[Window]]) -> None:
+    """Raise UserError for the first figure of batch, the windows that follow what is measured, that is none."""
+    for number, row in enumerate(batch, len(run.measured[dataset]) + 1):
+        for setting, window in zip(run.settings, row, strict=True):
+            if not math.isfinite(perplexity([window.nll]) + (window.kl or 0)):
+                place = f"{dataset}, {setting}: window {number} of {len(run.texts[dataset])}"
+                advice = "the model is broken" if model.dtype == torch.float32 else "try --dtype bfloat16 or float32"
+                raise UserError(f"{place} has loss {window.nll} in {dtype_name(model)}: {advice}")
+
+
+def perplexity(nll: Sequence[float]) -> float:
+    """exp of the mean of windows' losses in nats; infinite beyond 1e299."""
+    mean = math.fsum(nll) / len(nll)
+    return mean * math.inf if mean > 690 else math.exp(mean)
+
+
+def standard_error(values: Sequence[float]) -> float | None:
+    """Of the mean of values that are taken as independent; None for a single one."""
+    return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
+
+
+def paired_difference(nll: Sequence[float], baseline: Sequence[float]) -> dict[str, float | None]:
+    """{"delta_ppl", "delta_percent", each with its "_se"} from losses in nats on the same windows.
+
+    To first order in the losses a difference of perplexities is a mean over windows, and its standard error that of a
+    mean: how hard a window is for both cancels out, which is why a pair tells more than two separate runs.
+    """
+    ppl, base = perplexity(nll), perplexity(baseline)
+    pairs = list(zip(nll, baseline, strict=True))
+    return {
+        "delta_ppl": ppl - base,
+        "delta_ppl_se": standard_error([ppl * one - base * other for one, other in pairs]),
+        "delta_percent": 100 * (ppl / base - 1),
+        "delta_percent_se": standard_error([100 * ppl / base * (one - other) for one, other in pairs]),
+    }
+
+
+def mean_of(windows: Sequence[Window], name: str) -> float | None:
+    """Over windows; None where they do not have it."""
+    values = [getattr(window, name) for window in windows]
+    return None if None in values else math.fsum(values) / len(values)
+
+
+def storage_cost(windows: Sequence[Window], run: Run) -> dict[str, float | None]:
+    """Average bits an entry of keys, values and both, and the GiB of a cache of run.context tokens, also in fp16."""
+    names = ("avg_bits", "key_bits", "value_bits", "cache_gib", "fp16_cache_gib")
+    channels = {part: sum(sites.values()) for part, sites in run.widths.items()}
+    if not (entries := sum(channels.values())):
+        return dict.fromkeys(names)
+    bits = {"keys": mean_of(windows, "key_bits"), "values": mean_of(windows, "value_bits")}
+    average = sum(channels[part] * (bits[part] or 0) for part in bits) / entries
+    gib = entries * run.context / 8 / 2**30  # of one bit an entry
+    return dict(zip(names, (average, bits["keys"], bits["values"], average * gib, 16 * gib), strict=True))
+
+
+def results(run: Run, dataset: str) -> list[dict]:
+    """A row of figures for every setting, from the windows of dataset that are measured; None where one is not known.
+
+    ppl = exp(nll), nll the mean in nats; _se are standard errors; seconds are divided evenly over the settings.
+    """
+    columns = list(zip(*run.measured[dataset], strict=True))
+    baseline = [window.nll for window in columns[0]]
+    rows = []
+    for setting, windows in zip(run.settings, columns, strict=True):
+        nll = [window.nll for window in windows]
+        ppl, relative = perplexity(nll), standard_error(nll)
+        difference = paired_difference(nll, baseline)
+        row = {"dataset": dataset, "abits": setting.abits, "quantized": setting.quantized, "ppl": ppl}
+        row |= {"ppl_se": None if relative is None else ppl * relative, "nll": mean_of(windows, "nll")}
+        row |= {"windows": len(windows), "tokens": len(windows) * (run.texts[dataset].shape[1] - 1)}
+        row |= {"seconds": run.seconds[dataset] / len(columns)}
+        row |= difference if run.is_paired else dict.fromkeys(difference)
+        row |= {"kl": mean_of(windows, "kl"), "top1_agreement": mean_of(windows, "top1_agreement")}
+        row |= storage_cost(windows, run)
+        rows.append(row | {f"window_{name}": [getattr(w, name) for w in windows] for name in WINDOW_FIGURES})
+    return rows
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# 8. Report: the table and the JSON
-
-COLUMNS = {"abits": "", "ppl": ".4f", "nll": ".6f", "windows": "", "tokens": "", "seconds": ".1f"}
+# 8. Report: the tables, the files, the plots
 
 
-def table_header(datasets: Iterable[str]) -> str:
-    """The line above the rows; the first column is as wide as the longest dataset name."""
-    return "dataset".ljust(max(map(len, ("dataset", *datasets)))) + "".join(f" {name:>11}" for name in COLUMNS)
-
-
-def table_row(result: Result, header: str) -> str:
-    """One line that stands under header."""
-    cells = [format(getattr(result, name), spec) for name, spec in COLUMNS.items()]
-    return result.dataset.ljust(len(header) - 12 * len(cells)) + "".join(f" {cell:>11}" for cell in cells)
-
-
-def fit_table(fits: Mapping[str, Fit]) -> str:
-    """A line for every calibrated projection: its range, the share kept exact, its relative squared error."""
-    width = max(map(len, fits))
-    lines = [
-        "projection".ljust(width) + "".join(title.rjust(12) for title in ("lowest", "highest", "kept", "rel. error"))
-    ]
-    for name, fit in fits.items():
-        lines.append(f"{name:<{width}}{fit.lo:12.4f}{fit.hi:12.4f}{fit.kept:12.3%}{fit.error:12.6f}")
+def fit_table(fitted: Mapping[int, Mapping[str, tuple[Quantizer, Fit]]]) -> str:
+    """A line for every projection and width: its range, the share kept exact, its relative squared error."""
+    titles = ("abits", "lowest", "highest", "kept", "rel. error")
+    width = max(len(name) for sites in fitted.values() for name in sites)
+    lines = ["projection".ljust(width) + "".join(title.rjust(12) for title in titles)]
+    for bits, sites in fitted.items():
+        for name, (_, fit) in sites.items():
+            lines.append(f"{name:<{width}}{bits:12}{fit.lo:12.4f}{fit.hi:12.4f}{fit.kept:12.3%}{fit.error:12.6f}")
     return "\n".join(lines)
 
 
-def print_results(model: nn.Module, windows: Mapping[str, Tensor], abits: int, batch_size: int) -> list[Result]:
-    """Measure model, as it is hooked now, on the windows of every dataset; a row of the table each as it is done."""
-    header, results = table_header(windows), []
-    for dataset, ids in windows.items():
-        results.append(measure(model, ids, dataset, abits, batch_size))
-        print(*([] if results[1:] else [header]), table_row(results[-1], header), sep="\n", flush=True)
-    return results
+FIGURES = {"ppl": ".4f", "nll": ".6f", "windows": "", "tokens": "", "seconds": ".1f"}
+DIFFERENCES = {
+    "delta_ppl": "+.4f", "delta_ppl_se": ".4f", "delta_percent": "+.2f", "delta_percent_se": ".2f", "kl": ".6f",
+    "top1_agreement": ".2%",
+}  # fmt: skip
+STORAGE = dict.fromkeys(("key_bits", "value_bits", "avg_bits", "cache_gib", "fp16_cache_gib"), ".3f")
+TITLES = {
+    "delta_ppl": "Δppl", "delta_ppl_se": "±", "delta_percent": "Δppl%", "delta_percent_se": "±%", "kl": "KL",
+    "top1_agreement": "top-1", "key_bits": "keys", "value_bits": "values", "avg_bits": "both", "cache_gib": "GiB",
+    "fp16_cache_gib": "fp16-GiB",
+}  # fmt: skip
 
 
-def print_settings(model: nn.Module, name: str, text: EvalSpec, specs: KVSpec) -> None:
-    """Below the table: what was measured, on which text, quantized how."""
+def table(run: Run, rows: Iterable[Mapping], columns: Mapping[str, str]) -> list[str]:
+    """The header and a line for every row; columns are {figure: format}. The first columns say which row it is."""
+    labels = {"dataset": max(map(len, ("dataset", *run.texts)))}
+    if len({setting.quantized for setting in run.settings if setting.quantizers}) > 1:
+        labels["quantized"] = max(len(setting.quantized) for setting in run.settings)
+    columns = {"abits": ""} | columns
+    lines = []
+    for row in ({}, *rows):  # the header is the row without figures
+        cells = [str(row.get(name, name)).ljust(width) for name, width in labels.items()]
+        for name, form in columns.items():
+            figure = row.get(name, TITLES.get(name, name))
+            cells.append(("-" if figure is None else format(figure, form if row else "")).rjust(10))
+        lines.append(" ".join(cells))
+    return lines
+
+
+def print_settings(model: nn.Module, name: str, text: EvalSpec, sweep: Mapping[int, KVSpec]) -> None:
+    """Below the tables: what was measured, on which text, quantized how."""
     how = f"{dtype_name(model)} on {model.device}, {model.config._attn_implementation} attention"
     print(f"\n{name}: {how}, windows of {text.seqlen} tokens")
     for dataset in text.datasets:
         print(f"{dataset}: {DATASETS.get(dataset, 'documents joined by blank lines, in disjoint windows')}")
-    for projection, spec in specs.items():
-        print(f"{projection}: {spec}")
+    widths = ", ".join(str(bits) for bits, specs in sweep.items() if specs)
+    for projection, spec in next((specs for specs in sweep.values() if specs), {}).items():
+        print(f"{projection}: {widths}{str(spec).removeprefix(str(spec.bits))}")
 
 
-def report(script: str, args: Namespace, model: nn.Module, results: Iterable[Result]) -> dict:
-    """What --output writes: every flag's resolved value, the environment, the results."""
+SAVE_EVERY = 30  # seconds between two versions of --output while it is not complete
+
+
+def report(model: nn.Module, run: Run, batch_size: int, output: OutputSpec, record: Mapping) -> list[dict]:
+    """Measure what run lacks, print its tables, and write output, also if it is interrupted; returns all rows."""
+    from tqdm import tqdm
+
+    record = {**record, "environment": environment(model)}
+    rows: list[dict] = []
+    saved = time.monotonic()
+    try:
+        for dataset, is_whole in measure(model, run, batch_size):
+            if is_whole:
+                rows += results(run, dataset)
+                lines = table(run, rows, FIGURES)
+                tqdm.write("\n".join(lines[-len(run.settings) :] if dataset != rows[0]["dataset"] else lines))
+                sys.stdout.flush()
+            if time.monotonic() - saved > SAVE_EVERY:
+                write_output(output, record, run, complete=False)
+                saved = time.monotonic()
+    except BaseException as stop:
+        done = write_output(output, record, run, complete=False)
+        if isinstance(stop, KeyboardInterrupt):
+            raise type(stop)(f"interrupted{done}") from None
+        raise
+    write_output(output, record, run, complete=True)
+    if run.is_paired:
+        title = "against the unquantized model, on the same tokens (±: standard error; KL: mean divergence in nats)"
+        print("", title, *table(run, rows, DIFFERENCES), sep="\n")
+    if rows[0]["avg_bits"] is not None:
+        print("", f"bits an entry, and the cache of {run.context} tokens", *table(run, rows, STORAGE), sep="\n")
+    return rows
+
+
+def run_record(script: str, args: Namespace, which: ModelSpec, texts: Mapping[str, Tensor]) -> dict:
+    """What --output says of a run besides its figures: every flag's resolved value, and marks of what it read."""
     settings = {name: value for name, value in vars(args).items() if name != "model"}
-    settings |= {"dtype": dtype_name(model), "device": str(model.device)}
-    settings |= {"attn_implementation": model.config._attn_implementation}
-    return {"script": Path(script).name, "model": args.model, "settings": settings} | {
-        "environment": environment(model),
-        "results": [asdict(result) for result in results],
-    }
+    settings |= {name: getattr(which, name) for name in ("dtype", "device", "attn_implementation")}
+    settings["abits"] = args.abits[0] if len(args.abits) == 1 else args.abits
+    read = {dataset: sha256(windows.numpy().tobytes()).hexdigest() for dataset, windows in texts.items()}
+    if getattr(args, "quantizer_path", None) is not None:
+        read["quantizers"] = sha256(Path(args.quantizer_path).read_bytes()).hexdigest()
+    return {"script": Path(script).name, "model": which.name, "settings": settings, "sha256": read}
 
 
 def environment(model: nn.Module) -> dict:
@@ -1412,10 +1799,195 @@ def environment(model: nn.Module) -> dict:
     return {"versions": versions(), "device": str(model.device), "device_name": name, "dtype": dtype_name(model)}
 
 
-def write_json(path: str, data: Mapping) -> None:
-    """Write data to path atomically."""
-    text = json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-    write_atomically(path, lambda file: file.write(text.encode("utf-8", "backslashreplace")))
+def write_output(output: OutputSpec, record: Mapping, run: Run, complete: bool) -> str:
+    """Write what run has, if it has anything, as output asks, atomically. Returns words on how much that is."""
+    measured = {dataset: len(rows) for dataset, rows in run.measured.items() if rows}
+    if output.output is None or not measured:
+        return ""
+    rows = [row for dataset in measured for row in results(run, dataset)]
+    if output.is_csv:
+        content = io.StringIO(newline="")
+        names = [name for name in rows[0] if not name.startswith("window_")]
+        writer = csv.DictWriter(content, [*names, "complete"], extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows(row | {"complete": complete} for row in rows)
+        text = content.getvalue()
+    else:
+        data = {**record, "complete": complete, "results": rows}
+        text = json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+        # a list of numbers on one line; no string has a raw newline
+        text = re.sub(r"\[\n[-+.\deE,\snul]*\]", lambda found: " ".join(found[0].split()), text)
+    write_atomically(output.output, lambda file: file.write(text.encode("utf-8", "backslashreplace")))
+    windows = f"{sum(measured.values())} of {sum(map(len, run.texts.values()))} windows"
+    return f"; {output.output} has {windows}" + ("" if output.is_csv else ", and --resume goes on from there")
+
+
+NO_MATTER = (
+    "output", "resume", "quiet", "plot", "plot_activations", "plot_layer", "report_context", "quantizer_path",
+    "export_kvquant",
+)  # fmt: skip
+
+
+def load_unfinished(output: OutputSpec, record: Mapping) -> list[dict]:
+    """The rows of the interrupted run that output is to go on with; none without --resume, or if it has not begun.
+
+    Raises UserError if that is no file of ours, or a run of other settings, model or text than record says.
+    """
+    if not output.resume:
+        return []
+    path = Path(output.output)
+    if not path.exists():
+        warn(f"--resume: {output.output!r} does not exist yet: starting from the beginning")
+        return []
+
+    def decisive(run: Mapping) -> dict:
+        settings = {name: value for name, value in run["settings"].items() if name not in NO_MATTER}
+        read = {f"the content of {name}": digest for name, digest in run["sha256"].items()}
+        return {"script": run["script"], "model": run["model"], **settings, **read}
+
+    try:
+        data = json.loads(path.read_bytes())
+        there, here, rows, since = decisive(data), decisive(record), data["results"], data["environment"]["versions"]
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise UserError(f"--resume: {output.output!r} is no JSON that --output wrote: give another name") from error
+    for name in here | there:
+        if here.get(name) != there.get(name):
+            sides = "is another" if "content" in name else f"is {here.get(name)} here and {there.get(name)} there"
+            raise UserError(f"--resume: {output.output!r} is of another run: {name} {sides}")
+    if since != versions():
+        warn(f"--resume: {output.output!r} was begun with other versions of the libraries: last digits may differ")
+    return rows
+
+
+def take_over(run: Run, rows: Sequence[Mapping], path: str | None) -> None:
+    """Put what rows, which load_unfinished read from path, have measured into run."""
+    try:
+        for dataset, windows in run.texts.items():
+            if not (known := [row for row in rows if row["dataset"] == dataset]):
+                continue
+            names = [(row["abits"], row["quantized"]) for row in known]
+            if names != [(setting.abits, setting.quantized) for setting in run.settings]:
+                raise ValueError(f"{dataset} has other rows")
+            columns = [
+                [Window(*figures) for figures in zip(*(row[f"window_{name}"] for name in WINDOW_FIGURES), strict=True)]
+                for row in known
+            ]
+            run.measured[dataset] = [list(row) for row in zip(*columns, strict=True)]
+            run.seconds[dataset] = math.fsum(float(row["seconds"]) for row in known)
+            if len(run.measured[dataset]) > len(windows):
+                raise ValueError(f"{dataset} has more windows than the text")
+            results(run, dataset)
+    except (ValueError, TypeError, KeyError, OverflowError) as error:
+        raise UserError(f"--resume: {path!r} holds figures that cannot be continued: {error}") from error
+
+
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Okabe and Ito: told apart by everyone
+MARKERS = "os^Dv*"
+
+
+def save_figure(path: str, figure) -> None:
+    """Write a matplotlib figure, atomically, as its ending says."""
+    content, form = io.BytesIO(), Path(path).suffix[1:].lower()
+    figure.savefig(content, format=form, dpi=150, metadata={"Date": None} if form == "svg" else None)
+    write_atomically(path, lambda file: file.write(content.getbuffer()))
+
+
+def plot_sweep(rows: Sequence[Mapping]):
+    """Perplexity, or how much it grows, over average bits; error bars are standard errors. A curve for each dataset."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.add_subplot()
+    is_paired = rows[0]["delta_ppl"] is not None
+    name = "delta_ppl" if is_paired else "ppl"
+    datasets = dict.fromkeys(row["dataset"] for row in rows)
+    for dataset, colour, marker in zip(datasets, itertools.cycle(COLOURS), itertools.cycle(MARKERS)):
+        mine = sorted((row for row in rows if row["dataset"] == dataset), key=lambda row: row["abits"])
+        shown = [row for row in mine if not (is_paired and row["abits"] == UNQUANTIZED)]
+        bits = [row["abits"] if row["avg_bits"] is None else row["avg_bits"] for row in shown]
+        errors = [row[f"{name}_se"] or 0 for row in shown]
+        label = f"{Path(dataset).name} (fp16: {mine[-1]['ppl']:.2f})" if is_paired else Path(dataset).name
+        style = {"color": colour, "marker": marker, "markersize": 7, "linewidth": 1.5, "capsize": 4}
+        axes.errorbar(bits, [row[name] for row in shown], errors, label=label, **style)
+        for x, row in zip(bits, shown, strict=True):
+            text = f"{row[name]:+.3g}" if is_paired else f"{row[name]:.2f}"
+            axes.annotate(text, (x, row[name]), (6, 6), textcoords="offset points", color=colour)
+    if is_paired:
+        axes.axhline(0, color="black", linestyle="--", linewidth=1, label="fp16")
+    axes.set_xlabel("average bits per cached entry")
+    axes.set_ylabel(("increase of perplexity over fp16" if is_paired else "perplexity") + " (± SE)")
+    axes.margins(x=0.12, y=0.12)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    return figure
+
+
+def plot_attribution(rows: Sequence[Mapping]):
+    """Bars of how much the perplexity grows if only a part of the cache is quantized; a line of panels per dataset."""
+    from matplotlib.figure import Figure
+
+    datasets = list(dict.fromkeys(row["dataset"] for row in rows))
+    figure = Figure(figsize=(8, 4 * len(datasets)), layout="constrained")
+    panels = figure.subplots(len(datasets), 2, squeeze=False, width_ratios=(1, 3))
+    for dataset, line in zip(datasets, panels, strict=True):
+        mine = [row for row in rows if row["dataset"] == dataset and row["abits"] != UNQUANTIZED]
+        layers = [row for row in mine if row["quantized"].startswith("layer ")]
+        parts = [row for row in mine if row not in layers]
+        for axes, shown, colour in zip(line, (parts, layers), COLOURS, strict=False):
+            names = [row["quantized"].removeprefix("layer ").replace(" and ", "\n+ ") for row in shown]
+            errors = [row["delta_ppl_se"] or 0 for row in shown]
+            axes.bar(names, [row["delta_ppl"] for row in shown], yerr=errors, capsize=3, color=colour)
+            axes.axhline(0, color="black", linewidth=1)
+            axes.grid(axis="y", alpha=0.3)
+        line[0].set_ylabel("increase of perplexity over fp16 (± SE)")
+        line[0].set_xlabel("quantized in all layers")
+        line[1].set_xlabel("the only quantized layer")
+        line[1].set_xticks(range(0, len(layers), math.ceil(len(layers) / 16)))
+        line[1].set_title(f"{Path(dataset).name}, {mine[0]['abits']} bits")
+    return figure
+
+
+DRAWN_TOKENS = 256
+
+
+def draw(model: nn.Module, run: Run, rows: Sequence[Mapping], output: OutputSpec, layer: int) -> None:
+    """The pictures that output asks for."""
+    if output.plot is not None:
+        is_attribution = any(row["quantized"].startswith("layer ") for row in rows)
+        save_figure(output.plot, plot_attribution(rows) if is_attribution else plot_sweep(rows))
+    if output.plot_activations is not None:
+        window = next(iter(run.texts.values()))[0]
+        setting = min(run.settings, key=lambda setting: (setting.abits, -len(setting.quantizers)))
+        save_figure(output.plot_activations, plot_activations(model, window, setting, layer))
+
+
+def plot_activations(model: nn.Module, window: Tensor, setting: Setting, layer: int):
+    """|K| and |V| of one layer over tokens and channels, before and after quantization; kept outliers are marked.
+
+    window is [T] ids; ranges are those of all of it, and its first DRAWN_TOKENS tokens are drawn.
+    """
+    from matplotlib.figure import Figure
+
+    quantizers = {name: quantizer for name, quantizer in setting.quantizers.items() if layer_of(name) == layer}
+    before = record_activations(model, {name: model.get_submodule(name) for name in quantizers}, window[None])
+    figure = Figure(figsize=(8, 3.6 * len(quantizers)), layout="constrained")
+    panels = figure.subplots(len(quantizers), 2, squeeze=False, sharex=True, sharey="row")
+    for (name, quantizer), line in zip(quantizers.items(), panels, strict=True):
+        quantizer = quantizer.to(before[name].device)
+        both = (before[name], fake_quantize(before[name], quantizer))
+        images = [each[0, :DRAWN_TOKENS].float().abs() for each in both]
+        for axes, image in zip(line, images, strict=True):  # [T,C]
+            drawn = axes.imshow(image.T, aspect="auto", origin="lower", cmap="cividis", vmin=0, vmax=images[0].max())
+            axes.set_xlabel("token")
+        marks = outlier_mask(before[name], quantizer)[0, :DRAWN_TOKENS].nonzero()
+        line[1].scatter(*marks.T, s=3, linewidths=0, color="#D55E00")
+        part = CACHE_PARTS.get(name.rpartition(".")[2], name)
+        line[0].set_ylabel("channel")
+        line[0].set_title(f"{part}, layer {layer}, before")
+        marked = ", outliers marked" if quantizer.spec.include_sparse else ""
+        line[1].set_title(f"after: {quantizer.spec.bits} bits{marked}")
+        figure.colorbar(drawn, ax=list(line), label="magnitude")
+    return figure
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1454,6 +2026,18 @@ class ProjectionList(Action):
         setattr(namespace, self.dest, list(dict.fromkeys(names)))
 
 
+def width_list(text: str) -> list[int]:
+    """Different bit widths between commas, 2..8 or UNQUANTIZED, that first."""
+    known = [*range(2, 9), UNQUANTIZED]
+    words = [word.strip() for word in text.split(",")]
+    for word in words:
+        if word not in map(str, known):
+            raise ArgumentTypeError(f"unknown width {word!r}: choose from {', '.join(map(str, known))}")
+        if words.count(word) > 1:
+            raise ArgumentTypeError(f"{word} stands there more than once in {text!r}")
+    return sorted(map(int, words), key=lambda bits: bits != UNQUANTIZED)
+
+
 def token_count(text: str) -> int:
     """A number of tokens; 0 is -1, which also means none."""
     return int(text) or -1
@@ -1478,8 +2062,11 @@ def add_model_flags(parser: ArgumentParser) -> None:
 def add_quantization_flags(parser: ArgumentParser) -> None:
     """--abits, --perchannel, --pertoken, --include_sparse, --sparsity_threshold, --nf, --first_few_fp16."""
     flag = parser.add_argument_group("quantization").add_argument
-    flag("--abits", type=int, default=4, choices=[*range(2, 9), UNQUANTIZED], metavar="BITS",
-         help="bits an entry: 2..8, or 16 for no quantization")  # fmt: skip
+    flag("--abits", type=width_list, default="4", metavar="BITS",
+         help="bits an entry, 2..8, or 16 for no quantization; a comma list measures all of them")  # fmt: skip
+    flag("--baseline", action="store_true", help="as if 16 stood in --abits: compare with the unquantized model")
+    flag("--attribution", action="store_true",
+         help="with one width, also quantize keys only, values only, and one layer at a time")  # fmt: skip
     flag("--perchannel", nargs="*", action=ProjectionList, default=["k_proj"], metavar="NAME",
          help="projections with one scale per channel")  # fmt: skip
     flag("--pertoken", nargs="*", action=ProjectionList, default=["v_proj"], metavar="NAME",
@@ -1503,9 +2090,17 @@ def add_text_flags(parser: ArgumentParser) -> None:
 
 
 def add_output_flags(parser: ArgumentParser) -> None:
-    """--output."""
+    """--output, --resume, --report_context, --plot, --plot_activations, --plot_layer, --quiet."""
     flag = parser.add_argument_group("output").add_argument
-    flag("--output", metavar="FILE", help="write settings, environment and results as JSON")
+    flag("--output", metavar="FILE", help="write settings, environment and results as JSON, or the table as .csv")
+    flag("--resume", action="store_true", help="go on with the interrupted run whose JSON --output names")
+    flag("--report_context", type=int, default=OutputSpec.report_context, metavar="N",
+         help="tokens of the cache whose size is reported")  # fmt: skip
+    flag("--plot", metavar="FILE", help="draw the sweep or the attribution as .png or .svg")
+    flag("--plot_activations", metavar="FILE",
+         help="draw keys and values of a layer before and after quantization as .png or .svg")  # fmt: skip
+    flag("--plot_layer", type=int, metavar="N", help="the layer that --plot_activations draws; else the middle one")
+    flag("--quiet", action="store_true", help="no progress bar, even on a terminal")
 
 
 def add_calibration_flags(parser: ArgumentParser) -> None:
@@ -1526,8 +2121,8 @@ def add_calibration_flags(parser: ArgumentParser) -> None:
     flag("--seed", type=int, default=0, metavar="N", help="of the calibration windows' places")
 
 
-def kv_spec(args: Namespace) -> KVSpec:
-    """{projection: QuantSpec} from the quantization flags; {} at 16 bits."""
+def kv_sweep(args: Namespace) -> dict[int, KVSpec]:
+    """{bits: {projection: QuantSpec}} from the quantization flags, with {} at 16 bits, which comes first."""
     if both := set(args.perchannel) & set(args.pertoken):
         raise UserError(f"{', '.join(sorted(both))} stands in both --perchannel and --pertoken: give it one scale")
     if 0 < args.seqlen <= args.first_few_fp16:
@@ -1537,14 +2132,35 @@ def kv_spec(args: Namespace) -> KVSpec:
         raise UserError("--nf and --nuq each name a codebook: give one of them")
     if cap is not None and not args.perchannel:
         raise UserError(f"cap_outliers {cap:g} caps what --perchannel names, and that is nothing")
-    shared = {name: getattr(args, name) for name in ("include_sparse", "sparsity_threshold", "first_few_fp16")}
-    shared |= {"codebook": "nuq" if nuq else "nf" if args.nf else "uniform", "clamp": getattr(args, "clamp", False)}
-    bits = min(args.abits, 8)  # the specs are made at 16 bits too: that validates them
-    specs = {name: QuantSpec(PER_CHANNEL, bits, cap_outliers=cap, **shared) for name in args.perchannel}
-    specs |= {name: QuantSpec(PER_TOKEN, bits, **shared) for name in args.pertoken}
     if args.sparsity_threshold != QuantSpec.sparsity_threshold and not args.include_sparse:
         warn(f"--sparsity_threshold {args.sparsity_threshold:g} has no effect without --include_sparse")
-    return specs if args.abits != UNQUANTIZED else {}
+    shared = {name: getattr(args, name) for name in ("include_sparse", "sparsity_threshold", "first_few_fp16")}
+    shared |= {"codebook": "nuq" if nuq else "nf" if args.nf else "uniform", "clamp": getattr(args, "clamp", False)}
+    sweep = {}
+    for bits in args.abits:
+        stored = min(bits, 8)  # the specs are made at 16 bits too: that validates them
+        specs = {name: QuantSpec(PER_CHANNEL, stored, cap_outliers=cap, **shared) for name in args.perchannel}
+        specs |= {name: QuantSpec(PER_TOKEN, stored, **shared) for name in args.pertoken}
+        sweep[bits] = specs if bits != UNQUANTIZED else {}
+    if args.attribution:
+        check_attributable(sweep)
+    return {UNQUANTIZED: {}} | sweep if args.baseline or args.attribution else sweep
+
+
+def check_attributable(sweep: Mapping[int, KVSpec]) -> None:
+    """Raise UserError unless sweep has one width to take apart."""
+    widths = [bits for bits in sweep if bits != UNQUANTIZED]
+    if len(widths) != 1:
+        raise UserError(f"--attribution takes one width apart, and --abits has {', '.join(map(str, widths)) or 'none'}")
+    if not sweep[widths[0]]:
+        raise UserError("--attribution has nothing to take apart without --perchannel and --pertoken")
+
+
+def output_spec(args: Namespace, sweep: Mapping[int, KVSpec]) -> OutputSpec:
+    """From the output flags."""
+    if args.plot_activations is not None and not any(sweep.values()):
+        raise UserError(f"--plot_activations {args.plot_activations} shows quantization: give a width below 16")
+    return OutputSpec(**{each.name: getattr(args, each.name) for each in fields(OutputSpec)})
 
 
 def eval_spec(args: Namespace) -> EvalSpec:
@@ -1567,11 +2183,50 @@ def calibration_spec(args: Namespace) -> CalibrationSpec:
     return CalibrationSpec(args.calib_dataset, args.nsamples, args.seqlen, args.seed, weighting, args.norm)
 
 
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, which is to leave everything as tidy as Ctrl-C does."""
+
+    @classmethod
+    def raise_it(cls, *_) -> None:
+        """The signal's handler."""
+        raise cls
+
+
+def evaluate(
+    script: str, args: Namespace, sweep: Mapping[int, KVSpec], quantizers_of: Callable[[nn.Module, KVSpec], dict]
+) -> None:
+    """Measure, print, save and draw what the flags ask for; quantizers_of(model, specs) is {site: Quantizer}."""
+    text, which, output = eval_spec(args), model_spec(args), output_spec(args, sweep)
+    calibrated, exported = (getattr(args, name, None) for name in ("quantizer_path", "export_kvquant"))
+    check_writable([output.output, output.plot, output.plot_activations, exported], [*text.datasets, calibrated])
+
+    quiet_libraries(args.quiet)
+    config, tokenizer = load_config_and_tokenizer(which.name)
+    which, layer = which.resolved(config), output.layer(config)
+    texts = load_texts(config, tokenizer, text)
+    record = run_record(script, args, which, texts)
+    known = load_unfinished(output, record)
+    model = load_model(which, config)
+
+    settings = []
+    for bits, specs in sweep.items():
+        quantizers = quantizers_of(model, specs)
+        settings.append(Setting(bits, parts_of(quantizers), on_device(model, quantizers)))
+    if args.attribution:
+        settings[1:] = parts_of_setting(settings[1])
+    run = Run(texts, settings, cache_widths(model), output.report_context)
+    take_over(run, known, output.output)
+    rows = report(model, run, text.batch_size, output, record)
+    print_settings(model, which.name, text, sweep)
+    draw(model, run, rows, output, layer)
+
+
 def run(main: Callable[[], None]) -> int:
     """The exit status of main: 0, 2 after a one-line error for what the user can mend, 1 if the system fails, 130 after
-    Ctrl-C, 141 if the reader of stdout has gone.
+    Ctrl-C, 143 after SIGTERM, 141 if the reader of stdout has gone.
     """
     signal.signal(signal.SIGINT, signal.default_int_handler)  # the scripts' imports end on Ctrl-C without a word
+    signal.signal(signal.SIGTERM, Terminated.raise_it)
     sys.stdout.reconfigure(errors="backslashreplace")
     try:
         main()
@@ -1581,8 +2236,8 @@ def run(main: Callable[[], None]) -> int:
         status, message = 2, f"error: {error}"
     except torch.OutOfMemoryError:
         status, message = 2, "error: out of GPU memory: lower --batch_size or --seqlen, or choose a smaller --dtype"
-    except KeyboardInterrupt:
-        status, message = 130, "interrupted"
+    except KeyboardInterrupt as stop:
+        status, message = 143 if isinstance(stop, Terminated) else 130, str(stop) or "interrupted"
     except BrokenPipeError:
         status, message = 141, None
     except OSError as error:

@@ -59,6 +59,25 @@ def assert_one_line_error(process, *words):
         assert word in lines[0]
 
 
+def measured(model, windows, *quantizers, batch_size=1):
+    """The finished run of one dataset, "text", in a setting for each {site: Quantizer}; {} is the unquantized model."""
+    import quant_utils as qu
+
+    bits = [next((q.spec.bits for q in each.values()), qu.UNQUANTIZED) for each in quantizers]
+    settings = [qu.Setting(b, qu.parts_of(each), each) for b, each in zip(bits, quantizers, strict=True)]
+    run = qu.Run({"text": windows}, settings, qu.cache_widths(model))
+    assert list(qu.measure(model, run, batch_size))[-1] == ("text", True)
+    return run
+
+
+def perplexity(model, windows, quantizers=None, batch_size=1):
+    """Of model with quantizers."""
+    import quant_utils as qu
+
+    run = measured(model, windows, quantizers or {}, batch_size=batch_size)
+    return qu.results(run, "text")[0]["ppl"]
+
+
 @pytest.fixture(scope="session")
 def config_and_tokenizer():
     import quant_utils as qu

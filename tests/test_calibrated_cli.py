@@ -30,14 +30,14 @@ def calibrated(tmp_path_factory):
 def test_the_summary_has_a_line_for_every_projection_and_the_command_to_run_next(calibrated):
     folder, process = calibrated
     header, *lines = process.stdout.splitlines()
-    assert header.split() == ["projection", "lowest", "highest", "kept", "rel.", "error"]
+    assert header.split() == ["projection", "abits", "lowest", "highest", "kept", "rel.", "error"]
     lines = lines[:12]
     assert [line.split()[0] for line in lines] == [
         f"model.layers.{i}.self_attn.{kind}_proj" for i in range(6) for kind in "kv"
     ]
     for line in lines:
-        low, high, kept, error = (float(cell.rstrip("%")) for cell in line.split()[1:])
-        assert low < high and 0 < kept < 3 and 0 < error < 0.2
+        bits, low, high, kept, error = (float(cell.rstrip("%")) for cell in line.split()[1:])
+        assert bits == 3 and low < high and 0 < kept < 3 and 0 < error < 0.2
     *_, command = process.stdout.strip().splitlines()
     program, script, *rest = shlex.split(command)
     assert program == "python3" and script == str(CALIBRATED_SCRIPT)
@@ -64,7 +64,7 @@ def test_evaluation_takes_its_settings_from_the_file(calibrated, tmp_path):
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (("--abits", "4"), ("abits: 4", "contradicts 3")),
+        (("--abits", "16,4,3"), ("abits: [4]", "contradicts [3]")),
         (("--sparsity_threshold", "0.95"), ("sparsity_threshold: 0.95", "contradicts 0.99")),
         (("--perchannel",), ("perchannel: []", "contradicts ['k_proj']")),
         (("--nsamples", "16"), ("nsamples: 16", "contradicts 2")),

@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import ASSETS, SAMPLE
+from conftest import ASSETS, SAMPLE, perplexity
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -233,13 +233,13 @@ def test_activations_are_the_outputs_of_the_projections(model, calibration_windo
 def test_host_memory_that_does_not_suffice_is_an_error_with_the_figure(model, calibration_windows, monkeypatch):
     monkeypatch.setattr(qu, "free_memory", lambda device: 1000)
     with pytest.raises(qu.UserError, match=r"take 0.0 GiB of host memory, but 0.0 GiB are free.*nsamples .now 3."):
-        qu.calibrate(model, calibration_windows, NUQ, qu.CalibrationSpec())
+        qu.calibrate(model, calibration_windows, {4: NUQ}, qu.CalibrationSpec())
 
 
 def test_the_summary_is_what_fake_quantize_does(model, calibration_windows):
     how = qu.CalibrationSpec(str(SAMPLE), nsamples=3, seqlen=256)
     seen = qu.record_activations(model, qu.find_sites(model, NUQ), calibration_windows)
-    for name, (quantizer, fit) in qu.calibrate(model, calibration_windows, NUQ, how).items():
+    for name, (quantizer, fit) in qu.calibrate(model, calibration_windows, {4: NUQ}, how)[4].items():
         x = seen[name][:, 1:]
         y = qu.fake_quantize(seen[name], quantizer)[:, 1:]
         assert fit.error == pytest.approx(((x - y) ** 2).sum().item() / (x**2).sum().item(), rel=1e-4)
@@ -256,9 +256,8 @@ def test_fitted_levels_beat_uniform_ones_on_held_out_text(model, windows, calibr
     for codebook, fisher in (("uniform", None), ("nuq", None), ("nuq", "paper")):
         specs = {name: replace(spec, codebook=codebook, bits=2) for name, spec in NUQ.items()}
         how = qu.CalibrationSpec(str(SAMPLE), fisher=fisher)
-        quantizers = {n: q for n, (q, _) in qu.calibrate(model, calibration_windows, specs, how).items()}
-        with qu.simulate_quantization(model, quantizers):
-            errors[codebook, fisher] = qu.perplexity(qu.evaluate(model, windows), windows.shape[1])
+        quantizers = {n: q for n, (q, _) in qu.calibrate(model, calibration_windows, {2: specs}, how)[2].items()}
+        errors[codebook, fisher] = perplexity(model, windows, quantizers)
     assert errors["nuq", "paper"] < errors["nuq", None] < errors["uniform", None]
 
 
@@ -268,10 +267,9 @@ def test_every_variant_calibrates_and_evaluates(model, calibration_windows, wind
     specs = {name: replace(spec, codebook="uniform", bits=4) for name, spec in NUQ.items()}
     specs = {name: replace(spec, **options) for name, spec in specs.items()}
     how = qu.CalibrationSpec(str(SAMPLE), q_norm=q_norm)
-    fitted = qu.calibrate(model, calibration_windows, specs, how)
-    base = qu.perplexity(qu.evaluate(model, windows[:2]), windows.shape[1])
-    with qu.simulate_quantization(model, {name: quantizer for name, (quantizer, _) in fitted.items()}):
-        ppl = qu.perplexity(qu.evaluate(model, windows[:2]), windows.shape[1])
+    fitted = qu.calibrate(model, calibration_windows, {4: specs}, how)[4]
+    base = perplexity(model, windows[:2])
+    ppl = perplexity(model, windows[:2], {name: quantizer for name, (quantizer, _) in fitted.items()})
     assert ppl == pytest.approx(base, rel=0.1) and ppl != base
     assert all((quantizer.codebook.scale != 1) == q_norm for quantizer, _ in fitted.values())
 
@@ -304,7 +302,7 @@ def test_a_site_that_never_runs_is_an_error_and_no_fit(model, calibration_window
     model.spare.k_proj = torch.nn.Linear(4, 4)
     try:
         with pytest.raises(qu.UserError, match=r"spare.k_proj overflows in float32, or never ran"):
-            qu.calibrate(model, calibration_windows, NUQ, qu.CalibrationSpec())
+            qu.calibrate(model, calibration_windows, {4: NUQ}, qu.CalibrationSpec())
     finally:
         del model.spare
 

@@ -38,6 +38,8 @@ def test_table_on_stdout_and_the_same_figures_in_json(tmp_path):
         "abits": 3, "perchannel": ["k_proj"], "pertoken": ["v_proj"], "include_sparse": True, "nf": True,
         "sparsity_threshold": 0.99, "first_few_fp16": 1, "datasets": [str(SAMPLE)], "seqlen": 512, "limit": 4,
         "dtype": "float32", "device": "cpu", "attn_implementation": "sdpa", "batch_size": 3, "output": str(out),
+        "baseline": False, "attribution": False, "resume": False, "report_context": 131072, "quiet": False,
+        "plot": None, "plot_activations": None, "plot_layer": None,
     }  # fmt: skip
     assert report["environment"]["device"] == "cpu" and report["environment"]["dtype"] == "float32"
     assert report["environment"]["versions"]["torch"] == torch.__version__
@@ -104,10 +106,13 @@ def test_help_and_a_mistyped_flag_wait_for_no_heavy_import(args):
 @pytest.mark.parametrize(
     ("args", "words"),
     [
-        (("--abits", "1"), ("--abits", "1", "2, 3, 4")),
+        (("--abits", "1"), ("--abits", "'1'", "2, 3, 4")),
         (("--abits", "9"), ("--abits", "9", "16")),
         (("--abits", "0"), ("--abits", "0")),
         (("--abits", "four"), ("--abits", "'four'")),
+        (("--abits", "4,3,9"), ("--abits", "'9'", "8, 16")),
+        (("--abits", "4,3,4"), ("--abits", "4 stands there more than once")),
+        (("--abits", "4,"), ("--abits", "''")),
         (("--dtype", "int4"), ("--dtype", "'int4'", "bfloat16")),
         (("--sparsity_threshold", "0"), ("sparsity_threshold", "(0, 1]", "got 0")),
         (("--sparsity_threshold", "1.01"), ("sparsity_threshold", "(0, 1]", "1.01")),
@@ -234,5 +239,5 @@ def test_a_loss_that_is_not_finite_is_an_error_and_no_figure(tmp_path):
     weights["model.norm.weight"][0] = float("nan")
     save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
     process = run_script(DYNAMIC_SCRIPT, model, *TEXT, "--abits", "2", "--output", out)
-    assert_one_line_error(process, "sample.txt, abits 2", "window 1 of 11", "nan")
+    assert_one_line_error(process, "sample.txt, abits 2, keys and values", "window 1 of 11", "nan")
     assert "nan" not in process.stdout and not out.exists()
