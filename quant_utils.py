@@ -1524,7 +1524,7 @@ class Run:
 
 
 WINDOW_FIGURES = tuple(each.name for each in fields(Window))
-HEAD_ENTRIES = 2**25  # in a chunk of logits: 128 MiB in fp32
+HEAD_TOKENS = 256  # whose logits exist at a time: 125 MiB in fp32 for 128,256 words
 
 
 def head(model: nn.Module, output, tokens: slice) -> Tensor:
@@ -1546,7 +1546,7 @@ def mean_statistics(model: nn.Module, ids: Tensor, outputs: Sequence, is_paired:
     """
     predicted = ids.shape[1] - 1
     totals = torch.zeros(len(outputs), 3, len(ids), dtype=torch.float64, device=ids.device)
-    chunk = max(1, HEAD_ENTRIES // (len(ids) * model.config.get_text_config().vocab_size))
+    chunk = max(1, HEAD_TOKENS // len(ids))
     for start in range(0, predicted, chunk):
         stop, reference = min(start + chunk, predicted), None
         for total, output in zip(totals, outputs, strict=True):

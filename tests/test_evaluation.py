@@ -65,23 +65,20 @@ def test_a_batch_of_windows_is_the_windows_one_by_one(model, windows, batch_size
     assert together[1]["ppl"] == pytest.approx(single[1]["ppl"], rel=1e-4)
 
 
-@pytest.mark.parametrize("entries", [1, 2048 * 7, 2048 * 255, 2048 * 10_000])
-def test_chunked_statistics_are_the_whole_ones(model, windows, monkeypatch, entries):
-    whole = measured(model, windows[:2, :256], {}, dynamic(model, 2), batch_size=2)
-    monkeypatch.setattr(qu, "HEAD_ENTRIES", entries)
-    if entries == 1:
-        windows = windows[:, :20]
-        monkeypatch.setattr(qu, "HEAD_ENTRIES", 2**25)
-        whole = measured(model, windows[:2], {}, dynamic(model, 2), batch_size=2)
-        monkeypatch.setattr(qu, "HEAD_ENTRIES", 1)
-    chunked = measured(model, windows[:2, :256], {}, dynamic(model, 2), batch_size=2)
-    for one, other in zip(qu.results(whole, "text"), qu.results(chunked, "text"), strict=True):
+@pytest.mark.parametrize("tokens", [1, 2, 99, 255, 510, 511, 10_000])
+def test_chunked_statistics_are_the_whole_ones(model, windows, monkeypatch, tokens):
+    ids, quantizers = windows[:2, : 20 if tokens < 3 else 256], dynamic(model, 2)
+    whole, chunked = [], []
+    for run, size in ((whole, 10**6), (chunked, tokens)):
+        monkeypatch.setattr(qu, "HEAD_TOKENS", size)
+        run += qu.results(measured(model, ids, {}, quantizers, batch_size=2), "text")
+    for one, other in zip(whole, chunked, strict=True):
         for name in ("window_nll", "window_kl", "window_top1_agreement"):
             assert one[name] == pytest.approx(other[name], rel=1e-4, abs=1e-6)
 
 
 def test_logits_exist_a_chunk_at_a_time(model, windows, monkeypatch):
-    monkeypatch.setattr(qu, "HEAD_ENTRIES", 100 * model.config.vocab_size)
+    monkeypatch.setattr(qu, "HEAD_TOKENS", 100)
     seen = []
     handle = model.lm_head.register_forward_hook(lambda module, args, out: seen.append(out.shape[1]))
     try:

@@ -6,6 +6,7 @@
 1. The k-means fit of NUQ beside scikit-learn's KMeans (n_init 10), on the same activations of the bundled model and on
    a million points: seconds, and the weighted squared error that each reaches.
 2. The evaluation loop with quantization, against the same loop without.
+3. A sweep of four widths compared with the unquantized model, against four loops of one setting each.
 """
 
 import statistics
@@ -63,19 +64,36 @@ def kmeans_table(model, config_and_tokenizer):
     compare_kmeans("1,000,000 points, weighted, 16 levels", unit, torch.rand(len(unit), generator=generator), 4)
 
 
+def loop(model, windows, *quantizers):
+    """The evaluation loop in a setting for each {site: Quantizer}."""
+    settings = [qu.Setting(4 if each else qu.UNQUANTIZED, qu.parts_of(each), each) for each in quantizers]
+    return list(qu.measure(model, qu.Run({"text": windows}, settings, qu.cache_widths(model))))
+
+
+def dynamic(model, bits, codebook="uniform", sparse=False):
+    axes = {"k_proj": qu.PER_CHANNEL, "v_proj": qu.PER_TOKEN}
+    specs = {leaf: qu.QuantSpec(axis, bits, codebook, include_sparse=sparse) for leaf, axis in axes.items()}
+    return qu.dynamic_quantizers(model, specs)
+
+
 def overhead_table(model, config_and_tokenizer):
-    text = qu.EvalSpec((SAMPLE,), seqlen=1024)
-    windows = qu.load_windows(SAMPLE, config_and_tokenizer[1], text)
-    base, _ = seconds(qu.evaluate, model, windows, repeats=5)
+    windows = qu.load_windows(SAMPLE, config_and_tokenizer[1], qu.EvalSpec((SAMPLE,), seqlen=1024))
+    base, _ = seconds(loop, model, windows, {}, repeats=5)
     print(f"\n{'evaluation loop, windows of 1024':42s} {base:9.2f} s {'1.00':>8s}")
     for codebook in ("uniform", "nf"):
         for sparse in (False, True):
-            axes = {"k_proj": qu.PER_CHANNEL, "v_proj": qu.PER_TOKEN}
-            specs = {leaf: qu.QuantSpec(axis, 4, codebook, include_sparse=sparse) for leaf, axis in axes.items()}
-            with qu.simulate_quantization(model, qu.dynamic_quantizers(model, specs)):
-                taken, _ = seconds(qu.evaluate, model, windows, repeats=5)
+            taken, _ = seconds(loop, model, windows, dynamic(model, 4, codebook, sparse), repeats=5)
             label = f"4-bit {qu.CODEBOOKS[codebook]}{', 1 % outliers' * sparse}, dynamic"
             print(f"{label:42s} {taken:9.2f} s {taken / base:8.2f}", flush=True)
+
+
+def sweep_table(model, config_and_tokenizer):
+    windows = qu.load_windows(SAMPLE, config_and_tokenizer[1], qu.EvalSpec((SAMPLE,), seqlen=1024))
+    sweep = [{}, *(dynamic(model, bits) for bits in (4, 3, 2))]
+    alone = sum(seconds(loop, model, windows, quantizers, repeats=5)[0] for quantizers in sweep)
+    together, _ = seconds(loop, model, windows, *sweep, repeats=5)
+    print(f"\n{'16, 4, 3, 2 bits in four loops':42s} {alone:9.2f} s {'1.00':>8s}")
+    print(f"{'in one, with KL divergence and agreement':42s} {together:9.2f} s {together / alone:8.2f}")
 
 
 if __name__ == "__main__":
@@ -85,3 +103,4 @@ if __name__ == "__main__":
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads")
     kmeans_table(model, config_and_tokenizer)
     overhead_table(model, config_and_tokenizer)
+    sweep_table(model, config_and_tokenizer)
