@@ -1876,8 +1876,8 @@ def take_over(run: Run, rows: Sequence[Mapping], path: str | None) -> None:
             run.seconds[dataset] = math.fsum(float(row["seconds"]) for row in known)
             if len(run.measured[dataset]) > len(windows):
                 raise ValueError(f"{dataset} has more windows than the text")
-            results(run, dataset)
-    except (ValueError, TypeError, KeyError, OverflowError) as error:
+            json.dumps(results(run, dataset), allow_nan=False)  # the figures are figures
+    except (ValueError, TypeError, KeyError, AttributeError, ArithmeticError) as error:
         raise UserError(f"--resume: {path!r} holds figures that cannot be continued: {error}") from error
 
 
@@ -1975,9 +1975,9 @@ def plot_activations(model: nn.Module, window: Tensor, setting: Setting, layer: 
     for (name, quantizer), line in zip(quantizers.items(), panels, strict=True):
         quantizer = quantizer.to(before[name].device)
         both = (before[name], fake_quantize(before[name], quantizer))
-        images = [each[0, :DRAWN_TOKENS].float().abs() for each in both]
-        for axes, image in zip(line, images, strict=True):  # [T,C]
-            drawn = axes.imshow(image.T, aspect="auto", origin="lower", cmap="cividis", vmin=0, vmax=images[0].max())
+        images = [each[0, :DRAWN_TOKENS].float().abs().T.numpy() for each in both]  # [C,T]
+        for axes, image in zip(line, images, strict=True):
+            drawn = axes.imshow(image, aspect="auto", origin="lower", cmap="cividis", vmin=0, vmax=images[0].max())
             axes.set_xlabel("token")
         marks = outlier_mask(before[name], quantizer)[0, :DRAWN_TOKENS].nonzero()
         line[1].scatter(*marks.T, s=3, linewidths=0, color="#D55E00")
