@@ -1572,7 +1572,7 @@ def average_bits(
 
 @torch.inference_mode()
 def measure_batch(
-    model: nn.Module, ids: Tensor, run: Run, on_forward: Callable[[int], object] = int
+    model: nn.Module, ids: Tensor, run: Run, on_forward: Callable[[int], object] = lambda count: None
 ) -> list[list[Window]]:
     """[B][setting] for windows ids [B,T] in every setting of run; on_forward(B) is called after each forward pass.
 
@@ -1607,10 +1607,11 @@ def measure(model: nn.Module, run: Run, batch_size: int = 1) -> Iterator[tuple[s
                 start = time.perf_counter()
                 batch = measure_batch(model, windows[first : first + batch_size], run, bar.update)
                 check_finite(model, run, dataset, batch)
-                rows.extend(batch)  # at once, whatever interrupts
                 run.seconds[dataset] = run.seconds.get(dataset, 0.0) + time.perf_counter() - start
-                running = [f"{perplexity([window.nll for window in column]):.4f}" for column in zip(*rows, strict=True)]
-                bar.set_postfix_str(f"ppl {' '.join(running[:4])}{' ...' * (len(running) > 4)}")
+                rows.extend(batch)  # at once, whatever interrupts
+                running = [perplexity([row[column].nll for row in rows]) for column in range(len(run.settings))[:4]]
+                more = " ..." * (len(run.settings) > 4)
+                bar.set_postfix_str(f"ppl {' '.join(f'{ppl:.4f}' for ppl in running)}{more}")
                 yield dataset, False
             yield dataset, True
 
@@ -1708,15 +1709,15 @@ def fit_table(fitted: Mapping[int, Mapping[str, tuple[Quantizer, Fit]]]) -> str:
     return "\n".join(lines)
 
 
-FIGURES = {"ppl": ".4f", "nll": ".6f", "windows": "", "tokens": "", "seconds": ".1f"}
+FIGURES = {"ppl": ".4f", "ppl_se": ".4f", "nll": ".6f", "windows": "", "tokens": "", "seconds": ".1f"}
 DIFFERENCES = {
     "delta_ppl": "+.4f", "delta_ppl_se": ".4f", "delta_percent": "+.2f", "delta_percent_se": ".2f", "kl": ".6f",
     "top1_agreement": ".2%",
 }  # fmt: skip
 STORAGE = dict.fromkeys(("key_bits", "value_bits", "avg_bits", "cache_gib", "fp16_cache_gib"), ".3f")
 TITLES = {
-    "delta_ppl": "Δppl", "delta_ppl_se": "±", "delta_percent": "Δppl%", "delta_percent_se": "±%", "kl": "KL",
-    "top1_agreement": "top-1", "key_bits": "keys", "value_bits": "values", "avg_bits": "both", "cache_gib": "GiB",
+    "ppl_se": "±", "delta_ppl": "Δppl", "delta_ppl_se": "±", "delta_percent": "Δppl%", "delta_percent_se": "±%",
+    "kl": "KL", "top1_agreement": "top-1", "key_bits": "keys", "value_bits": "values", "avg_bits": "both", "cache_gib": "GiB",
     "fp16_cache_gib": "fp16-GiB",
 }  # fmt: skip
 
@@ -1906,16 +1907,16 @@ def plot_sweep(rows: Sequence[Mapping]):
         shown = [row for row in mine if not (is_paired and row["abits"] == UNQUANTIZED)]
         bits = [row["abits"] if row["avg_bits"] is None else row["avg_bits"] for row in shown]
         errors = [row[f"{name}_se"] or 0 for row in shown]
-        label = f"{Path(dataset).name} (fp16: {mine[-1]['ppl']:.2f})" if is_paired else Path(dataset).name
+        label = f"{Path(dataset).name} (unquantized: {mine[-1]['ppl']:.2f})" if is_paired else Path(dataset).name
         style = {"color": colour, "marker": marker, "markersize": 7, "linewidth": 1.5, "capsize": 4}
         axes.errorbar(bits, [row[name] for row in shown], errors, label=label, **style)
         for x, row in zip(bits, shown, strict=True):
             text = f"{row[name]:+.3g}" if is_paired else f"{row[name]:.2f}"
             axes.annotate(text, (x, row[name]), (6, 6), textcoords="offset points", color=colour)
     if is_paired:
-        axes.axhline(0, color="black", linestyle="--", linewidth=1, label="fp16")
+        axes.axhline(0, color="black", linestyle="--", linewidth=1, label="unquantized")
     axes.set_xlabel("average bits per cached entry")
-    axes.set_ylabel(("increase of perplexity over fp16" if is_paired else "perplexity") + " (± SE)")
+    axes.set_ylabel("increase of perplexity (± SE)" if is_paired else "perplexity (± SE)")
     axes.margins(x=0.12, y=0.12)
     axes.grid(alpha=0.3)
     axes.legend()
@@ -1939,7 +1940,7 @@ def plot_attribution(rows: Sequence[Mapping]):
             axes.bar(names, [row["delta_ppl"] for row in shown], yerr=errors, capsize=3, color=colour)
             axes.axhline(0, color="black", linewidth=1)
             axes.grid(axis="y", alpha=0.3)
-        line[0].set_ylabel("increase of perplexity over fp16 (± SE)")
+        line[0].set_ylabel("increase of perplexity (± SE)")
         line[0].set_xlabel("quantized in all layers")
         line[1].set_xlabel("the only quantized layer")
         line[1].set_xticks(range(0, len(layers), math.ceil(len(layers) / 16)))

@@ -73,7 +73,8 @@ def test_the_same_figures_stand_in_the_tables_and_in_the_json(sweep):
     assert report["complete"] is True and report["settings"]["abits"] == [16, 4, 2]
     for row, line, difference, cost in zip(report["results"], main, differences, storage, strict=True):
         assert line["abits"] == difference["abits"] == cost["abits"] == str(row["abits"])
-        assert line["ppl"] == f"{row['ppl']:.4f}" and line["nll"] == f"{row['nll']:.6f}" and line["windows"] == "6"
+        assert line["ppl"] == f"{row['ppl']:.4f}" and line["±"] == f"{row['ppl_se']:.4f}"
+        assert line["nll"] == f"{row['nll']:.6f}" and line["windows"] == "6"
         assert difference["Δppl"] == f"{row['delta_ppl']:+.4f}" and difference["±"] == f"{row['delta_ppl_se']:.4f}"
         assert difference["Δppl%"] == f"{row['delta_percent']:+.2f}" and difference["KL"] == f"{row['kl']:.6f}"
         assert difference["±%"] == f"{row['delta_percent_se']:.2f}"
@@ -88,7 +89,7 @@ def test_the_same_figures_stand_in_the_tables_and_in_the_json(sweep):
 def test_columns_stand_under_their_headings(model, windows):
     run = measured(model, windows[:1], {})
     header, row = qu.table(run, qu.results(run, "text"), qu.FIGURES)
-    assert header.split() == ["dataset", "abits", "ppl", "nll", "windows", "tokens", "seconds"]
+    assert header.split() == ["dataset", "abits", "ppl", "±", "nll", "windows", "tokens", "seconds"]
     ends = [[match.end() for match in re.finditer(r"\S+", line)][1:] for line in (header, row)]
     assert ends[0] == ends[1]
 
@@ -393,7 +394,7 @@ def test_the_curve_is_the_rows_with_their_errors(sweep):
     assert list(line.get_ydata()) == [rows[2]["delta_ppl"], rows[1]["delta_ppl"]]
     low, high = bars.get_segments()[0][:, 1]
     assert (high - low) / 2 == pytest.approx(rows[2]["delta_ppl_se"])
-    assert "fp16" in [text.get_text() for text in axes.get_legend().get_texts()]
+    assert "unquantized" in [text.get_text() for text in axes.get_legend().get_texts()]
     assert axes.get_xlabel() and axes.get_ylabel()
 
 
