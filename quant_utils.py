@@ -1717,8 +1717,8 @@ DIFFERENCES = {
 STORAGE = dict.fromkeys(("key_bits", "value_bits", "avg_bits", "cache_gib", "fp16_cache_gib"), ".3f")
 TITLES = {
     "ppl_se": "±", "delta_ppl": "Δppl", "delta_ppl_se": "±", "delta_percent": "Δppl%", "delta_percent_se": "±%",
-    "kl": "KL", "top1_agreement": "top-1", "key_bits": "keys", "value_bits": "values", "avg_bits": "both", "cache_gib": "GiB",
-    "fp16_cache_gib": "fp16-GiB",
+    "kl": "KL", "top1_agreement": "top-1", "key_bits": "keys", "value_bits": "values", "avg_bits": "both",
+    "cache_gib": "GiB", "fp16_cache_gib": "fp16-GiB",
 }  # fmt: skip
 
 
