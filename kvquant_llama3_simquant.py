@@ -11,7 +11,9 @@ import signal
 import sys
 from argparse import Namespace
 
-signal.signal(signal.SIGINT, signal.SIG_DFL)  # until qu.run takes over: Ctrl-C while torch loads ends us at once
+signal.signal(
+    signal.SIGINT, signal.SIG_DFL
+)  # until qu.exit_status takes over: Ctrl-C while torch loads ends us at once
 
 import quant_utils as qu  # noqa: E402
 
@@ -26,25 +28,24 @@ QUANTIZATION = (
     "norm", "clamp", "cap_outliers",
 )  # fmt: skip
 CALIBRATION = ("fisher", "fisher_weighting", "calib_dataset", "nsamples", "seed")
+EVALUATION = (
+    "baseline", "attribution", "output", "resume", "report_context", "plot", "plot_activations", "plot_layer",
+)  # fmt: skip
+EVALUATED_TEXT = ("datasets", "limit", "batch_size")
 
 
 def parse_args() -> tuple[Namespace, dict]:
-    """(every flag with its default, the settings of QUANTIZATION and CALIBRATION that the command line gives)."""
+    """(every flag with its default, the flags that the command line gives)."""
     parser = qu.Parser(description=__doc__, epilog=EXAMPLES)
     qu.add_model_flags(parser)
     qu.add_quantization_flags(parser)
     qu.add_calibration_flags(parser)
     qu.add_text_flags(parser)
     qu.add_output_flags(parser)
-    absent = object()
-    args = parser.parse_args(namespace=Namespace(**dict.fromkeys(QUANTIZATION + CALIBRATION, absent)))
-    given = {
-        name: value for name, value in vars(args).items() if name in QUANTIZATION + CALIBRATION and value is not absent
-    }
-    defaults = parser.parse_args(["any"])
-    for name in set(QUANTIZATION + CALIBRATION) - set(given):
-        setattr(args, name, getattr(defaults, name))
-    return args, given
+    defaults, absent = vars(parser.parse_args(["any"])), object()
+    args = parser.parse_args(namespace=Namespace(**dict.fromkeys(defaults, absent)))
+    given = {name: value for name, value in vars(args).items() if value is not absent}
+    return Namespace(**defaults | given), given
 
 
 def take_stored_settings(args: Namespace, given: dict, stored: dict) -> None:
@@ -67,11 +68,14 @@ def take_stored_settings(args: Namespace, given: dict, stored: dict) -> None:
         setattr(args, name, value)
 
 
-def calibrate(args: Namespace) -> None:
+def calibrate(args: Namespace, given: dict) -> None:
     """Fit, save, and print how well the quantizers fit and how to evaluate them."""
-    for name in ("output", "resume", "baseline", "attribution", "plot", "plot_activations", "plot_layer"):
-        if value := getattr(args, name):
-            raise qu.UserError(f"--{name} {value} is for an evaluation: leave it out with --calibrate")
+    for name, value in given.items():
+        flag = f"--{name}" if value is True else f"--{name} {value}"
+        if name in EVALUATION:
+            raise qu.UserError(f"{flag} is for an evaluation: leave it out with --calibrate")
+        if name in EVALUATED_TEXT:
+            qu.warn(f"--{name} has no effect with --calibrate")
     sweep, which, how = qu.kv_sweep(args), qu.model_spec(args), qu.calibration_spec(args)
     if not all(sweep.values()):
         raise qu.UserError("--calibrate has nothing to fit with --abits 16, or without --perchannel and --pertoken")
@@ -137,10 +141,10 @@ def main() -> None:
     """Calibrate or evaluate."""
     args, given = parse_args()
     if args.calibrate:
-        calibrate(args)
+        calibrate(args, given)
     else:
         evaluate(args, given)
 
 
 if __name__ == "__main__":
-    sys.exit(qu.run(main))
+    sys.exit(qu.exit_status(main))

@@ -9,7 +9,9 @@ import signal
 import sys
 from argparse import Namespace
 
-signal.signal(signal.SIGINT, signal.SIG_DFL)  # until qu.run takes over: Ctrl-C while torch loads ends us at once
+signal.signal(
+    signal.SIGINT, signal.SIG_DFL
+)  # until qu.exit_status takes over: Ctrl-C while torch loads ends us at once
 
 import quant_utils as qu  # noqa: E402
 
@@ -38,4 +40,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(qu.run(main))
+    sys.exit(qu.exit_status(main))

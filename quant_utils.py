@@ -56,7 +56,6 @@ from hashlib import sha256
 from pathlib import Path
 from types import NoneType
 from typing import BinaryIO
-from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -79,6 +78,27 @@ class UserError(ValueError):
 def warn(message: str) -> None:
     """One line on stderr, and the run goes on."""
     print(f"warning: {message}", file=sys.stderr)
+
+
+def quiet_libraries(quiet: bool = False) -> None:
+    """Silence the loaders' own chatter: stderr carries our progress, unless quiet, and warnings only."""
+    import datasets
+    import huggingface_hub.utils.logging
+    import transformers
+
+    huggingface_hub.utils.logging.set_verbosity_error()
+    transformers.logging.set_verbosity_error()
+    datasets.utils.logging.set_verbosity(logging.CRITICAL)
+    if quiet or not sys.stderr.isatty():
+        datasets.disable_progress_bars()
+        transformers.logging.disable_progress_bar()  # ours, too
+
+
+def progress(label: str, items: Iterable | None = None, total: int | None = None, initial: int = 0):
+    """A tqdm bar on stderr, over items or to be moved by hand; none where quiet_libraries switched bars off."""
+    from transformers.utils.logging import tqdm
+
+    return tqdm(items, desc=label, total=total, initial=initial, unit="window", leave=False, disable=None)
 
 
 @dataclass(frozen=True)
@@ -302,13 +322,6 @@ class OutputSpec:
         """Whether output is a table, not JSON."""
         return self.output is not None and self.output.lower().endswith(".csv")
 
-    def layer(self, config) -> int:
-        """plot_layer, checked against a model of this config."""
-        count = config.get_text_config().num_hidden_layers
-        if not 0 <= (self.plot_layer or 0) < count:
-            raise UserError(f"plot_layer must be in 0..{count - 1} for this model, got {self.plot_layer}")
-        return count // 2 if self.plot_layer is None else self.plot_layer
-
 
 # ----------------------------------------------------------------------------------------------------------------------
 # 2. Codebooks: the levels inside [-1, 1]
@@ -499,6 +512,8 @@ class Quantizer:
 
     def to(self, device: torch.device) -> Quantizer:
         """The same with its tensors on device."""
+        if self.codebook.levels.device == device:
+            return self
         bounds = [None if bound is None else bound.to(device) for bound in (self.lo, self.hi)]
         return Quantizer(self.spec, self.codebook.to(device), *bounds)
 
@@ -527,33 +542,25 @@ def keep_and_range(y: Tensor, quantizer: Quantizer) -> tuple[Tensor, Tensor, Ten
 
 
 def quantize(x: Tensor, quantizer: Quantizer) -> tuple[Tensor, Tensor]:
-    """(x [B,T,C] quantized and dequantized in its own dtype, [B] how many outliers of each sequence stayed exact).
+    """(x [B,T,C] quantized and dequantized in its own dtype, bool [B,T,C] which entries stayed exact as outliers).
 
     Arithmetic is in fp32. Sink tokens take no part: they come back as they are, and no quantile or range sees them.
     """
-    spec = quantizer.spec
     if x.ndim != 3:
         raise ValueError(f"quantize takes [batch, tokens, channels], got a tensor of shape {tuple(x.shape)}")
-    none = torch.zeros(len(x), dtype=torch.long, device=x.device)
-    sinks, body = x[:, : spec.sink_tokens], x[:, spec.sink_tokens :]
+    sinks = quantizer.spec.sink_tokens
+    body = x[:, sinks:]
     if body.numel() == 0:
-        return x, none
+        return x, torch.zeros_like(x, dtype=torch.bool)
     y = body.float()
     keep, lo, hi = keep_and_range(y, quantizer)
-    snapped = snap(y, lo, hi, quantizer.codebook).to(x.dtype)
-    outliers = keep.sum((1, 2)) if spec.include_sparse else none
-    return torch.cat([sinks, torch.where(keep, body, snapped)], dim=1), outliers
+    snapped = torch.where(keep, body, snap(y, lo, hi, quantizer.codebook).to(x.dtype))
+    return torch.cat([x[:, :sinks], snapped], dim=1), F.pad(keep, (0, 0, sinks, 0))
 
 
 def fake_quantize(x: Tensor, quantizer: Quantizer) -> Tensor:
     """x [B,T,C] quantized and dequantized: the same shape and dtype (see quantize)."""
     return quantize(x, quantizer)[0]
-
-
-def outlier_mask(x: Tensor, quantizer: Quantizer) -> Tensor:
-    """[B,T,C] which entries of x stay exact as outliers; sink tokens are none."""
-    sinks = min(quantizer.spec.sink_tokens, x.shape[1] - 1)
-    return F.pad(keep_and_range(x[:, sinks:].float(), quantizer)[0], (0, 0, sinks, 0))
 
 
 def storage_bits(quantizer: Quantizer | None, tokens: int, channels: int) -> int:
@@ -581,11 +588,11 @@ def divergence(reference: Tensor, log_probs: Tensor) -> Tensor:
 def token_statistics(log_probs: Tensor, targets: Tensor, reference: Tensor | None) -> Tensor:
     """[3,B,T]: loss of targets [B,T] in nats, KL divergence from reference, and whether both predict the same token.
 
-    log_probs and reference are [B,T,V]; without a reference the last two are zero.
+    log_probs and reference are [B,T,V]; without a reference there is the loss alone, [1,B,T].
     """
     nll = -log_probs.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
     if reference is None:
-        return torch.stack([nll, torch.zeros_like(nll), torch.zeros_like(nll)])
+        return nll[None]
     agrees = reference.argmax(-1) == log_probs.argmax(-1)
     return torch.stack([nll, divergence(reference, log_probs), agrees.float()])
 
@@ -598,11 +605,11 @@ KVSpec = Mapping[str, QuantSpec]
 
 
 def projections(model: nn.Module) -> dict[str, nn.Module]:
-    """{name: module} of every module with a 2-d weight that is neither an embedding nor the head, in model order."""
-    found = {}
+    """{name: module} of every module in the decoder with a 2-d weight that is no embedding, in model order."""
+    decoder, found = set(model.get_decoder().modules()), {}
     for name, module in model.named_modules():
         is_matrix = getattr(getattr(module, "weight", None), "ndim", 0) == 2
-        if is_matrix and not isinstance(module, nn.Embedding) and module is not model.get_output_embeddings():
+        if is_matrix and module in decoder and not isinstance(module, nn.Embedding):
             found[name] = module
     return found
 
@@ -676,62 +683,14 @@ def simulate_quantization(model: nn.Module, quantizers: Mapping[str, Quantizer])
         quantizer = quantizers[name].to(sites[name].weight.device)
 
         def on_output(out: Tensor) -> Tensor:
-            quantized, outliers[name] = quantize(out, quantizer)
+            quantized, keep = quantize(out, quantizer)
+            outliers[name] = keep.sum((1, 2))
             return quantized
 
         return on_output
 
     with hooked(sites, transform):
         yield outliers
-
-
-def cache_widths(model: nn.Module) -> dict[str, dict[str, int]]:
-    """{"keys": {site: C, ...}, "values": {...}}: all that model caches, quantized or not, in model order."""
-    leaves = {name: name.rpartition(".")[2] for name in projections(model)}
-    parts = {part: {} for part in CACHE_PARTS.values()}
-    for name, module in projections(model).items():
-        if leaves[name] in CACHE_PARTS:
-            parts[CACHE_PARTS[leaves[name]]][name] = output_width(module)
-    return parts
-
-
-@dataclass(frozen=True, eq=False)
-class Setting:
-    """One row of the report: a width, what is quantized to it ("keys and values"), by which {site: Quantizer}."""
-
-    abits: int
-    quantized: str
-    quantizers: Mapping[str, Quantizer]
-
-    def __str__(self) -> str:
-        return f"abits {self.abits}, {self.quantized}"
-
-
-def parts_of(sites: Iterable[str]) -> str:
-    """Such as "keys and values": what the projections at sites are to the cache."""
-    leaves = dict.fromkeys(name.rpartition(".")[2] for name in sites)
-    return " and ".join(CACHE_PARTS.get(leaf, leaf) for leaf in leaves) or "nothing"
-
-
-def on_device(model: nn.Module, quantizers: Mapping[str, Quantizer]) -> dict[str, Quantizer]:
-    """The same {site: Quantizer}, each where its projection is."""
-    return {name: each.to(model.get_submodule(name).weight.device) for name, each in quantizers.items()}
-
-
-def parts_of_setting(whole: Setting) -> list[Setting]:
-    """Settings that quantize a part of what whole does: each projection in all layers, all of them, one layer each."""
-    parts: dict[str, dict[str, Quantizer]] = {}
-    layers: dict[str, dict[str, Quantizer]] = {}
-    for name, quantizer in whole.quantizers.items():
-        parts.setdefault(parts_of([name]), {})[name] = quantizer
-        layers.setdefault(f"layer {layer_of(name)}", {})[name] = quantizer
-    rows = parts | {whole.quantized: whole.quantizers} | layers
-    return [Setting(whole.abits, quantized, quantizers) for quantized, quantizers in rows.items()]
-
-
-def layer_of(site: str) -> int:
-    """The number in a site's name: 3 for model.layers.3.self_attn.k_proj."""
-    return next(int(word) for word in site.split(".") if word.isdigit())
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -764,7 +723,7 @@ def record_activations(model: nn.Module, sites: Mapping[str, nn.Module], windows
     with torch.inference_mode():
         for window in progress("activations", range(count)):
             with hooked(sites, lambda name, window=window: partial(record, name, window)):
-                model.base_model(input_ids=windows[window : window + 1].to(model.device), use_cache=False)
+                model.get_decoder()(input_ids=windows[window : window + 1].to(model.device), use_cache=False)
     return seen
 
 
@@ -928,9 +887,11 @@ def fit_codebook(x: Tensor, quantizer: Quantizer, histogram: Tensor | None, resc
 
 def measure_fit(x: Tensor, quantizer: Quantizer) -> Fit:
     """How well quantizer reproduces x [N,T,C]."""
-    y = x[:, quantizer.spec.sink_tokens :].float()
-    keep, lo, hi = keep_and_range(y, quantizer)
-    error = (fake_quantize(x, quantizer)[:, quantizer.spec.sink_tokens :].float() - y).square().sum(dtype=torch.float64)
+    sinks = quantizer.spec.sink_tokens
+    y = x[:, sinks:].float()
+    _, lo, hi = keep_and_range(y, quantizer)
+    quantized, keep = (each[:, sinks:] for each in quantize(x, quantizer))
+    error = (quantized.float() - y).square().sum(dtype=torch.float64)
     finite = lo.isfinite() & hi.isfinite()  # a token whose entries are all kept has no range
     return Fit(
         lo=lo[finite].min().item() if finite.any() else 0.0,
@@ -968,7 +929,7 @@ def check_writable(paths: Iterable[str | None], inputs: Iterable[str | None]) ->
 @contextmanager
 def unfinished_file(target: Path) -> Iterator[BinaryIO]:
     """A new file beside target, gone at the end of the block unless it was moved."""
-    unfinished = target.with_name(f".{os.getpid()}.partial")
+    unfinished = target.with_name(f".{os.urandom(6).hex()}.partial")
     try:
         with open(unfinished, "xb") as file:
             yield file
@@ -1091,7 +1052,7 @@ def check_contents(data: Mapping) -> None:
         sound = all(type(t) is Tensor and t.layout is torch.strided and not t.requires_grad for t in tensors)
         sound = sound and all(t.dtype == torch.float32 and t.ndim == 1 and t.isfinite().all() for t in tensors)
         sound = sound and all(isinstance(x, float) and math.isfinite(x) for x in numbers)
-        sound = sound and all(codebook["scale"] > 0 for codebook in codebooks)
+        sound = sound and all(set(each) == {"levels", "scale", "offset"} and each["scale"] > 0 for each in codebooks)
         if not sound or not isinstance(model["channels"][name], (int, NoneType)):
             wrong.append(name)
     if wrong:
@@ -1277,27 +1238,6 @@ def one_line_errors(what: str, instead: str) -> Iterator[None]:
             reason = " ".join(str(error).split())
             advice = f"is the copy complete and undamaged? {type(error).__name__}: {reason[:200]}"
         raise UserError(f"cannot load {what}: {advice}") from error
-
-
-def quiet_libraries(quiet: bool = False) -> None:
-    """Silence the loaders' own chatter: stderr carries our progress, unless quiet, and warnings only."""
-    import datasets
-    import huggingface_hub.utils.logging
-    import transformers
-
-    huggingface_hub.utils.logging.set_verbosity_error()
-    transformers.logging.set_verbosity_error()
-    datasets.utils.logging.set_verbosity(logging.CRITICAL)
-    if quiet or not sys.stderr.isatty():
-        datasets.disable_progress_bars()
-        transformers.logging.disable_progress_bar()  # ours, too
-
-
-def progress(label: str, items: Iterable | None = None, total: int | None = None, initial: int = 0):
-    """A tqdm bar on stderr, over items or to be moved by hand; none where quiet_libraries switched bars off."""
-    from transformers.utils.logging import tqdm
-
-    return tqdm(items, desc=label, total=total, initial=initial, unit="window", leave=False, disable=None)
 
 
 def load_config_and_tokenizer(name: str):
@@ -1487,6 +1427,56 @@ def check_windows(config, windows: Tensor) -> None:
 # 7. Evaluation: a model, windows and settings in, numbers out
 
 
+def cache_widths(model: nn.Module) -> dict[str, dict[str, int]]:
+    """{"keys": {site: C, ...}, "values": {...}}: all that model caches, quantized or not, in model order."""
+    leaves = {name: name.rpartition(".")[2] for name in projections(model)}
+    parts = {part: {} for part in CACHE_PARTS.values()}
+    for name, module in projections(model).items():
+        if leaves[name] in CACHE_PARTS:
+            parts[CACHE_PARTS[leaves[name]]][name] = output_width(module)
+    return parts
+
+
+@dataclass(frozen=True, eq=False)
+class Setting:
+    """One row of the report: a width, what is quantized to it ("keys and values"), by which {site: Quantizer}."""
+
+    abits: int
+    quantized: str
+    quantizers: Mapping[str, Quantizer]
+
+    def __str__(self) -> str:
+        return f"abits {self.abits}, {self.quantized}"
+
+
+def parts_of(sites: Iterable[str]) -> str:
+    """Such as "keys and values": what the projections at sites are to the cache."""
+    leaves = dict.fromkeys(name.rpartition(".")[2] for name in sites)
+    return " and ".join(CACHE_PARTS.get(leaf, leaf) for leaf in leaves) or "nothing"
+
+
+def layer_of(site: str) -> int | None:
+    """The number in a site's name: 3 for model.layers.3.self_attn.k_proj; None if it has none."""
+    return next((int(word) for word in site.split(".") if word.isdigit()), None)
+
+
+def on_device(model: nn.Module, quantizers: Mapping[str, Quantizer]) -> dict[str, Quantizer]:
+    """The same {site: Quantizer}, each where its projection is."""
+    return {name: each.to(model.get_submodule(name).weight.device) for name, each in quantizers.items()}
+
+
+def parts_of_setting(whole: Setting) -> list[Setting]:
+    """Settings that quantize a part of what whole does: each projection in all layers, all of them, one layer each."""
+    parts: dict[str, dict[str, Quantizer]] = {}
+    layers: dict[str, dict[str, Quantizer]] = {}
+    for name, quantizer in whole.quantizers.items():
+        parts.setdefault(parts_of([name]), {})[name] = quantizer
+        if (layer := layer_of(name)) is not None:
+            layers.setdefault(f"layer {layer}", {})[name] = quantizer
+    rows = parts | {whole.quantized: whole.quantizers} | layers
+    return [Setting(whole.abits, quantized, quantizers) for quantized, quantizers in rows.items()]
+
+
 @dataclass(frozen=True)
 class Window:
     """What one window gave under one setting: means over its predicted tokens, average bits over its cache entries."""
@@ -1527,25 +1517,41 @@ WINDOW_FIGURES = tuple(each.name for each in fields(Window))
 HEAD_TOKENS = 256  # whose logits exist at a time: 125 MiB in fp32 for 128,256 words
 
 
+@contextmanager
+def body_passed_over(model: nn.Module, output) -> Iterator[None]:
+    """Inside the block model's body (its decoder) does nothing and returns output, so that model is its head alone."""
+    body, calls = model.get_decoder(), []
+    replaced = vars(body).get("forward")  # accelerate puts its own there
+    body.forward = lambda *args, **kwargs: calls.append(None) or output
+    try:
+        yield
+    finally:
+        del body.forward
+        if replaced is not None:
+            body.forward = replaced
+    if not calls:
+        raise UserError(f"{type(model).__name__} does not compute its logits from what its decoder returns")
+
+
 def head(model: nn.Module, output, tokens: slice) -> Tensor:
     """[B,t,V] fp32 log probabilities at some tokens of output, which is what the model's body returned.
 
-    The model's own class computes the logits, with all that it does after the projection (soft caps, scales); only its
-    body is passed over.
+    The model's own class computes the logits, with all that it does after the projection (soft caps, scales).
     """
     part = type(output)(last_hidden_state=output.last_hidden_state[:, tokens])
     blank = torch.zeros(part.last_hidden_state.shape[:2], dtype=torch.long, device=model.device)
-    with patch.object(model.base_model, "forward", lambda *args, **kwargs: part):
+    with body_passed_over(model, part):
         return model(input_ids=blank, use_cache=False).logits.float().log_softmax(-1)
 
 
 def mean_statistics(model: nn.Module, ids: Tensor, outputs: Sequence, is_paired: bool) -> Tensor:
     """[S,3,B] means of token_statistics over the predicted tokens of ids [B,T], from the body's output in S settings.
 
-    If is_paired the first is the reference. Logits exist a chunk at a time: one of a setting, one to compare it with.
+    If is_paired the first is the reference, else there is the loss alone, [S,1,B]. Logits exist for HEAD_TOKENS tokens
+    at a time, those of one setting and of the reference.
     """
     predicted = ids.shape[1] - 1
-    totals = torch.zeros(len(outputs), 3, len(ids), dtype=torch.float64, device=ids.device)
+    totals = torch.zeros(len(outputs), 3 if is_paired else 1, len(ids), dtype=torch.float64, device=ids.device)
     chunk = max(1, HEAD_TOKENS // len(ids))
     for start in range(0, predicted, chunk):
         stop, reference = min(start + chunk, predicted), None
@@ -1582,48 +1588,17 @@ def measure_batch(
     outputs, outliers = [], []
     for setting in run.settings:
         with simulate_quantization(model, setting.quantizers) as counts:
-            outputs.append(model.base_model(input_ids=ids, use_cache=False))
+            output = model.get_decoder()(input_ids=ids, use_cache=False)
+        outputs.append(type(output)(last_hidden_state=output.last_hidden_state))  # whatever else it holds may go
         outliers.append(counts)
         on_forward(len(ids))
     means = mean_statistics(model, ids, outputs, run.is_paired).tolist()
     columns = []
     for setting, counts, (nll, *paired) in zip(run.settings, outliers, means, strict=True):
-        paired = paired if run.is_paired else [[None] * len(ids)] * 2
+        paired = paired or [[None] * len(ids)] * 2
         bits = [average_bits(run.widths[part], setting.quantizers, counts, ids) for part in ("keys", "values")]
         columns.append([Window(*figures) for figures in zip(nll, *paired, *bits, strict=True)])
     return [list(row) for row in zip(*columns, strict=True)]
-
-
-def measure(model: nn.Module, run: Run, batch_size: int = 1) -> Iterator[tuple[str, bool]]:
-    """Fill run.measured, batch by batch; yields (dataset, whether that is all of it) after each.
-
-    Raises UserError at the first window whose perplexity is infinite or nan.
-    """
-    total, done = (sum(map(len, each.values())) * len(run.settings) for each in (run.texts, run.measured))
-    with progress("measure", total=total, initial=done) as bar:
-        for dataset, windows in run.texts.items():
-            rows = run.measured.setdefault(dataset, [])
-            for first in range(len(rows), len(windows), batch_size):
-                start = time.perf_counter()
-                batch = measure_batch(model, windows[first : first + batch_size], run, bar.update)
-                check_finite(model, run, dataset, batch)
-                run.seconds[dataset] = run.seconds.get(dataset, 0.0) + time.perf_counter() - start
-                rows.extend(batch)  # at once, whatever interrupts
-                running = [perplexity([row[column].nll for row in rows]) for column in range(len(run.settings))[:4]]
-                more = " ..." * (len(run.settings) > 4)
-                bar.set_postfix_str(f"ppl {' '.join(f'{ppl:.4f}' for ppl in running)}{more}")
-                yield dataset, False
-            yield dataset, True
-
-
-def check_finite(model: nn.Module, run: Run, dataset: str, batch: Sequence[Sequence[Window]]) -> None:
-    """Raise UserError for the first figure of batch, the windows that follow what is measured, that is none."""
-    for number, row in enumerate(batch, len(run.measured[dataset]) + 1):
-        for setting, window in zip(run.settings, row, strict=True):
-            if not math.isfinite(perplexity([window.nll]) + (window.kl or 0)):
-                place = f"{dataset}, {setting}: window {number} of {len(run.texts[dataset])}"
-                advice = "the model is broken" if model.dtype == torch.float32 else "try --dtype bfloat16 or float32"
-                raise UserError(f"{place} has loss {window.nll} in {dtype_name(model)}: {advice}")
 
 
 def perplexity(nll: Sequence[float]) -> float:
@@ -1651,6 +1626,39 @@ def paired_difference(nll: Sequence[float], baseline: Sequence[float]) -> dict[s
         "delta_percent": 100 * (ppl / base - 1),
         "delta_percent_se": standard_error([100 * ppl / base * (one - other) for one, other in pairs]),
     }
+
+
+def check_finite(model: nn.Module, run: Run, dataset: str, batch: Sequence[Sequence[Window]]) -> None:
+    """Raise UserError for the first figure of batch, the windows that follow what is measured, that is none."""
+    for number, row in enumerate(batch, len(run.measured[dataset]) + 1):
+        for setting, window in zip(run.settings, row, strict=True):
+            if not math.isfinite(perplexity([window.nll]) + (window.kl or 0)):
+                place = f"{dataset}, {setting}: window {number} of {len(run.texts[dataset])}"
+                advice = "the model is broken" if model.dtype == torch.float32 else "try --dtype bfloat16 or float32"
+                figure = f"loss {window.nll}" if window.kl is None else f"loss {window.nll}, KL divergence {window.kl}"
+                raise UserError(f"{place} has {figure} in {dtype_name(model)}: {advice}")
+
+
+def measure(model: nn.Module, run: Run, batch_size: int = 1) -> Iterator[tuple[str, bool]]:
+    """Fill run.measured, batch by batch; yields (dataset, whether that is all of it) after each.
+
+    Raises UserError at the first window whose perplexity is infinite or nan.
+    """
+    total, done = (sum(map(len, each.values())) * len(run.settings) for each in (run.texts, run.measured))
+    with progress("measure", total=total, initial=done) as bar:
+        for dataset, windows in run.texts.items():
+            rows = run.measured.setdefault(dataset, [])
+            for first in range(len(rows), len(windows), batch_size):
+                start = time.perf_counter()
+                batch = measure_batch(model, windows[first : first + batch_size], run, bar.update)
+                check_finite(model, run, dataset, batch)
+                run.seconds[dataset] = run.seconds.get(dataset, 0.0) + time.perf_counter() - start
+                rows.extend(batch)  # at once, whatever interrupts
+                running = [perplexity([row[column].nll for row in rows]) for column in range(len(run.settings))[:4]]
+                more = " ..." * (len(run.settings) > 4)
+                bar.set_postfix_str(f"ppl {' '.join(f'{ppl:.4f}' for ppl in running)}{more}")
+                yield dataset, False
+            yield dataset, True
 
 
 def mean_of(windows: Sequence[Window], name: str) -> float | None:
@@ -1728,14 +1736,24 @@ def table(run: Run, rows: Iterable[Mapping], columns: Mapping[str, str]) -> list
     if len({setting.quantized for setting in run.settings if setting.quantizers}) > 1:
         labels["quantized"] = max(len(setting.quantized) for setting in run.settings)
     columns = {"abits": ""} | columns
-    lines = []
-    for row in ({}, *rows):  # the header is the row without figures
-        cells = [str(row.get(name, name)).ljust(width) for name, width in labels.items()]
-        for name, form in columns.items():
-            figure = row.get(name, TITLES.get(name, name))
-            cells.append(("-" if figure is None else format(figure, form if row else "")).rjust(10))
-        lines.append(" ".join(cells))
+
+    def line(texts: Mapping[str, str], figures: Iterable[str]) -> str:
+        return " ".join([*(texts[name].ljust(labels[name]) for name in labels), *(f"{each:>10}" for each in figures)])
+
+    lines = [line({name: name for name in labels}, (TITLES.get(name, name) for name in columns))]
+    for row in rows:
+        lines.append(line(row, ("-" if row[name] is None else format(row[name], columns[name]) for name in columns)))
     return lines
+
+
+def print_comparison(run: Run, rows: Sequence[Mapping]) -> None:
+    """The tables below the perplexities: differences from the unquantized model, and storage cost."""
+    if run.is_paired:
+        title = "against the unquantized model, on the same tokens (±: standard error; KL: mean divergence in nats)"
+        print("", title, *table(run, rows, DIFFERENCES), sep="\n")
+    if rows[0]["avg_bits"] is not None:
+        title = f"bits an entry, and the size of a cache of {run.context} tokens at these bits"
+        print("", title, *table(run, rows, STORAGE), sep="\n")
 
 
 def print_settings(model: nn.Module, name: str, text: EvalSpec, sweep: Mapping[int, KVSpec]) -> None:
@@ -1749,42 +1767,8 @@ def print_settings(model: nn.Module, name: str, text: EvalSpec, sweep: Mapping[i
         print(f"{projection}: {widths}{str(spec).removeprefix(str(spec.bits))}")
 
 
-SAVE_EVERY = 30  # seconds between two versions of --output while it is not complete
-
-
-def report(model: nn.Module, run: Run, batch_size: int, output: OutputSpec, record: Mapping) -> list[dict]:
-    """Measure what run lacks, print its tables, and write output, also if it is interrupted; returns all rows."""
-    from tqdm import tqdm
-
-    record = {**record, "environment": environment(model)}
-    rows: list[dict] = []
-    saved = time.monotonic()
-    try:
-        for dataset, is_whole in measure(model, run, batch_size):
-            if is_whole:
-                rows += results(run, dataset)
-                lines = table(run, rows, FIGURES)
-                tqdm.write("\n".join(lines[-len(run.settings) :] if dataset != rows[0]["dataset"] else lines))
-                sys.stdout.flush()
-            if time.monotonic() - saved > SAVE_EVERY:
-                write_output(output, record, run, complete=False)
-                saved = time.monotonic()
-    except BaseException as stop:
-        done = write_output(output, record, run, complete=False)
-        if isinstance(stop, KeyboardInterrupt):
-            raise type(stop)(f"interrupted{done}") from None
-        raise
-    write_output(output, record, run, complete=True)
-    if run.is_paired:
-        title = "against the unquantized model, on the same tokens (±: standard error; KL: mean divergence in nats)"
-        print("", title, *table(run, rows, DIFFERENCES), sep="\n")
-    if rows[0]["avg_bits"] is not None:
-        print("", f"bits an entry, and the cache of {run.context} tokens", *table(run, rows, STORAGE), sep="\n")
-    return rows
-
-
 def run_record(script: str, args: Namespace, which: ModelSpec, texts: Mapping[str, Tensor]) -> dict:
-    """What --output says of a run besides its figures: every flag's resolved value, and marks of what it read."""
+    """What --output says of a run besides its figures: every flag's resolved value, and digests of what it read."""
     settings = {name: value for name, value in vars(args).items() if name != "model"}
     settings |= {name: getattr(which, name) for name in ("dtype", "device", "attn_implementation")}
     settings["abits"] = args.abits[0] if len(args.abits) == 1 else args.abits
@@ -1794,92 +1778,161 @@ def run_record(script: str, args: Namespace, which: ModelSpec, texts: Mapping[st
     return {"script": Path(script).name, "model": which.name, "settings": settings, "sha256": read}
 
 
+def weights_digest(model: nn.Module) -> str:
+    """A mark of the model's weights, from the first entries of every parameter: another checkpoint has another."""
+    digest = sha256()
+    for name, parameter in model.named_parameters():
+        digest.update(name.encode())
+        if not parameter.is_meta:
+            digest.update(parameter.detach().flatten()[:64].float().cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
 def environment(model: nn.Module) -> dict:
     """What a figure depends on besides the settings: versions, device, dtype."""
     name = torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else "cpu"
     return {"versions": versions(), "device": str(model.device), "device_name": name, "dtype": dtype_name(model)}
 
 
+def as_csv(rows: Sequence[Mapping], complete: bool) -> str:
+    """The figures of rows, without those of single windows."""
+    content = io.StringIO(newline="")
+    names = [name for name in rows[0] if not name.startswith("window_")]
+    writer = csv.DictWriter(content, [*names, "complete"], extrasaction="ignore")
+    writer.writeheader()
+    writer.writerows({**row, "complete": complete} for row in rows)
+    return content.getvalue()
+
+
+def as_json(data: Mapping) -> str:
+    """Indented, but a list of figures stands on one line."""
+    text = json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    # a raw newline is in no string
+    return re.sub(r"\[\n[-+.\deE,\snul]*\]", lambda found: " ".join(found[0].split()), text)
+
+
 def write_output(output: OutputSpec, record: Mapping, run: Run, complete: bool) -> str:
-    """Write what run has, if it has anything, as output asks, atomically. Returns words on how much that is."""
-    measured = {dataset: len(rows) for dataset, rows in run.measured.items() if rows}
-    if output.output is None or not measured:
+    """Write what run has, if it has anything, as output asks, atomically. Returns words on what there is."""
+    rows = [row for dataset, measured in run.measured.items() if measured for row in results(run, dataset)]
+    if output.output is None or not rows:
         return ""
-    rows = [row for dataset in measured for row in results(run, dataset)]
-    if output.is_csv:
-        content = io.StringIO(newline="")
-        names = [name for name in rows[0] if not name.startswith("window_")]
-        writer = csv.DictWriter(content, [*names, "complete"], extrasaction="ignore")
-        writer.writeheader()
-        writer.writerows(row | {"complete": complete} for row in rows)
-        text = content.getvalue()
-    else:
-        data = {**record, "complete": complete, "results": rows}
-        text = json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-        # a list of numbers on one line; no string has a raw newline
-        text = re.sub(r"\[\n[-+.\deE,\snul]*\]", lambda found: " ".join(found[0].split()), text)
+    text = as_csv(rows, complete) if output.is_csv else as_json({**record, "complete": complete, "results": rows})
     write_atomically(output.output, lambda file: file.write(text.encode("utf-8", "backslashreplace")))
-    windows = f"{sum(measured.values())} of {sum(map(len, run.texts.values()))} windows"
-    return f"; {output.output} has {windows}" + ("" if output.is_csv else ", and --resume goes on from there")
+    count, total = (sum(map(len, each.values())) for each in (run.measured, run.texts))
+    advice = "" if output.is_csv else ", and --resume goes on from there"
+    return f"{output.output} has {count} of {total} windows{advice}"
 
 
-NO_MATTER = (
+NOT_DECISIVE = (
     "output", "resume", "quiet", "plot", "plot_activations", "plot_layer", "report_context", "quantizer_path",
     "export_kvquant",
 )  # fmt: skip
 
 
-def load_unfinished(output: OutputSpec, record: Mapping) -> list[dict]:
-    """The rows of the interrupted run that output is to go on with; none without --resume, or if it has not begun.
+def load_unfinished(output: OutputSpec, record: Mapping) -> dict:
+    """The report of the interrupted run that output is to go on with; {} without --resume, or if it has not begun.
 
-    Raises UserError if that is no file of ours, or a run of other settings, model or text than record says.
+    Raises UserError if that is no file of ours, or of a run of other settings, model or text than record says.
     """
     if not output.resume:
-        return []
+        return {}
     path = Path(output.output)
     if not path.exists():
         warn(f"--resume: {output.output!r} does not exist yet: starting from the beginning")
-        return []
-
-    def decisive(run: Mapping) -> dict:
-        settings = {name: value for name, value in run["settings"].items() if name not in NO_MATTER}
-        read = {f"the content of {name}": digest for name, digest in run["sha256"].items()}
-        return {"script": run["script"], "model": run["model"], **settings, **read}
-
+        return {}
     try:
         data = json.loads(path.read_bytes())
-        there, here, rows, since = decisive(data), decisive(record), data["results"], data["environment"]["versions"]
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        check_same_run(output, record, data)
+        if not isinstance(data["results"], list):
+            raise TypeError("results is no list")
+    except UserError:
+        raise
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError, OSError) as error:
         raise UserError(f"--resume: {output.output!r} is no JSON that --output wrote: give another name") from error
-    for name in here | there:
-        if here.get(name) != there.get(name):
-            sides = "is another" if "content" in name else f"is {here.get(name)} here and {there.get(name)} there"
-            raise UserError(f"--resume: {output.output!r} is of another run: {name} {sides}")
-    if since != versions():
-        warn(f"--resume: {output.output!r} was begun with other versions of the libraries: last digits may differ")
-    return rows
+    return data
 
 
-def take_over(run: Run, rows: Sequence[Mapping], path: str | None) -> None:
-    """Put what rows, which load_unfinished read from path, have measured into run."""
+def check_same_run(output: OutputSpec, here: Mapping, there: Mapping) -> None:
+    """Raise UserError if two records differ in anything that here has and that decides the figures."""
+    same = {name: (here[name], there[name]) for name in ("script", "model")}
+    decisive = [name for name in here["settings"] if name not in NOT_DECISIVE]
+    same |= {name: (here["settings"][name], there["settings"].get(name)) for name in decisive}
+    for name, (ours, theirs) in same.items():
+        if ours != theirs:
+            raise UserError(f"--resume: {output.output!r} is of another run: {name} is {ours} here and {theirs} there")
+    for name, digest in here["sha256"].items():
+        if digest != there["sha256"].get(name):
+            raise UserError(f"--resume: {output.output!r} is of another run: the content of {name} is another")
+
+
+def take_over(model: nn.Module, run: Run, output: OutputSpec, record: dict, known: Mapping) -> None:
+    """Put the figures of known, which load_unfinished read, into run; put what the loaded model tells into record."""
+    record["sha256"] = {**record["sha256"], "model weights": weights_digest(model)}
+    record["environment"] = environment(model)
+    if not known:
+        return
+    check_same_run(output, record, known)
+    if known.get("environment") != record["environment"]:
+        warn(f"--resume: {output.output!r} was begun on another device, or with other versions: last digits may differ")
     try:
-        for dataset, windows in run.texts.items():
-            if not (known := [row for row in rows if row["dataset"] == dataset]):
-                continue
-            names = [(row["abits"], row["quantized"]) for row in known]
-            if names != [(setting.abits, setting.quantized) for setting in run.settings]:
-                raise ValueError(f"{dataset} has other rows")
-            columns = [
-                [Window(*figures) for figures in zip(*(row[f"window_{name}"] for name in WINDOW_FIGURES), strict=True)]
-                for row in known
-            ]
-            run.measured[dataset] = [list(row) for row in zip(*columns, strict=True)]
-            run.seconds[dataset] = math.fsum(float(row["seconds"]) for row in known)
-            if len(run.measured[dataset]) > len(windows):
-                raise ValueError(f"{dataset} has more windows than the text")
-            json.dumps(results(run, dataset), allow_nan=False)  # the figures are figures
+        for dataset in run.texts:
+            rows = [row for row in known["results"] if row["dataset"] == dataset]
+            if rows:
+                run.measured[dataset] = windows_of(run, dataset, rows)
+                run.seconds[dataset] = math.fsum(float(row["seconds"]) for row in rows)
+                json.dumps(results(run, dataset), allow_nan=False)  # the figures are figures
     except (ValueError, TypeError, KeyError, AttributeError, ArithmeticError) as error:
-        raise UserError(f"--resume: {path!r} holds figures that cannot be continued: {error}") from error
+        raise UserError(f"--resume: {output.output!r} holds figures that cannot be continued: {error}") from error
+
+
+def windows_of(run: Run, dataset: str, rows: Sequence[Mapping]) -> list[list[Window]]:
+    """[window][setting] from the rows that results made of them; ValueError if they are of other settings or texts."""
+    if [(row["abits"], row["quantized"]) for row in rows] != [(each.abits, each.quantized) for each in run.settings]:
+        raise ValueError(f"{dataset} has other rows")
+    columns = []
+    for row in rows:
+        figures = zip(*(row[f"window_{name}"] for name in WINDOW_FIGURES), strict=True)
+        columns.append([Window(*each) for each in figures])
+    windows = [list(row) for row in zip(*columns, strict=True)]
+    if len(windows) > len(run.texts[dataset]):
+        raise ValueError(f"{dataset} has more windows than the text")
+    return windows
+
+
+SAVE_EVERY = 30  # seconds between two versions of --output while it is not complete
+
+
+def report(model: nn.Module, run: Run, batch_size: int, output: OutputSpec, record: Mapping) -> list[dict]:
+    """Measure what run lacks and print its tables; write output, also when interrupted. Returns all rows."""
+    from tqdm import tqdm
+
+    rows: list[dict] = []
+    saved = time.monotonic()
+    try:
+        for dataset, is_whole in measure(model, run, batch_size):
+            if is_whole:
+                rows += results(run, dataset)
+                lines = table(run, rows, FIGURES)
+                tqdm.write("\n".join(lines[-len(run.settings) :] if dataset != rows[0]["dataset"] else lines))
+                sys.stdout.flush()
+            elif time.monotonic() - saved > SAVE_EVERY:
+                try:
+                    write_output(output, record, run, complete=False)
+                except UserError as error:
+                    warn(str(error))
+                saved = time.monotonic()
+        write_output(output, record, run, complete=True)
+    except BaseException as stop:
+        for signum in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(signum, signal.SIG_IGN)  # the impatient would lose what is measured
+        done = write_output(output, record, run, complete=False)
+        if isinstance(stop, KeyboardInterrupt):
+            raise type(stop)("; ".join(["interrupted", *filter(None, [done])])) from None
+        if done:
+            warn(done)
+        raise
+    print_comparison(run, rows)
+    return rows
 
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Okabe and Ito: told apart by everyone
@@ -1889,8 +1942,15 @@ MARKERS = "os^Dv*"
 def save_figure(path: str, figure) -> None:
     """Write a matplotlib figure, atomically, as its ending says."""
     content, form = io.BytesIO(), Path(path).suffix[1:].lower()
-    figure.savefig(content, format=form, dpi=150, metadata={"Date": None} if form == "svg" else None)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # of a text file's name: it is drawn as a box
+        figure.savefig(content, format=form, dpi=150, metadata={"Date": None} if form == "svg" else None)
     write_atomically(path, lambda file: file.write(content.getbuffer()))
+
+
+def title_of(dataset: str) -> str:
+    """Its name, or that of its file, where matplotlib sees neither a formula nor a label that it would hide."""
+    return Path(dataset).name.replace("$", r"\$").replace("_", "\u2009_", 1 if Path(dataset).name[0] == "_" else 0)
 
 
 def plot_sweep(rows: Sequence[Mapping]):
@@ -1907,7 +1967,7 @@ def plot_sweep(rows: Sequence[Mapping]):
         shown = [row for row in mine if not (is_paired and row["abits"] == UNQUANTIZED)]
         bits = [row["abits"] if row["avg_bits"] is None else row["avg_bits"] for row in shown]
         errors = [row[f"{name}_se"] or 0 for row in shown]
-        label = f"{Path(dataset).name} (unquantized: {mine[-1]['ppl']:.2f})" if is_paired else Path(dataset).name
+        label = f"{title_of(dataset)} (unquantized: {mine[-1]['ppl']:.2f})" if is_paired else title_of(dataset)
         style = {"color": colour, "marker": marker, "markersize": 7, "linewidth": 1.5, "capsize": 4}
         axes.errorbar(bits, [row[name] for row in shown], errors, label=label, **style)
         for x, row in zip(bits, shown, strict=True):
@@ -1944,22 +2004,11 @@ def plot_attribution(rows: Sequence[Mapping]):
         line[0].set_xlabel("quantized in all layers")
         line[1].set_xlabel("the only quantized layer")
         line[1].set_xticks(range(0, len(layers), math.ceil(len(layers) / 16)))
-        line[1].set_title(f"{Path(dataset).name}, {mine[0]['abits']} bits")
+        line[1].set_title(f"{title_of(dataset)}, {mine[0]['abits']} bits")
     return figure
 
 
 DRAWN_TOKENS = 256
-
-
-def draw(model: nn.Module, run: Run, rows: Sequence[Mapping], output: OutputSpec, layer: int) -> None:
-    """The pictures that output asks for."""
-    if output.plot is not None:
-        is_attribution = any(row["quantized"].startswith("layer ") for row in rows)
-        save_figure(output.plot, plot_attribution(rows) if is_attribution else plot_sweep(rows))
-    if output.plot_activations is not None:
-        window = next(iter(run.texts.values()))[0]
-        setting = min(run.settings, key=lambda setting: (setting.abits, -len(setting.quantizers)))
-        save_figure(output.plot_activations, plot_activations(model, window, setting, layer))
 
 
 def plot_activations(model: nn.Module, window: Tensor, setting: Setting, layer: int):
@@ -1974,14 +2023,12 @@ def plot_activations(model: nn.Module, window: Tensor, setting: Setting, layer: 
     figure = Figure(figsize=(8, 3.6 * len(quantizers)), layout="constrained")
     panels = figure.subplots(len(quantizers), 2, squeeze=False, sharex=True, sharey="row")
     for (name, quantizer), line in zip(quantizers.items(), panels, strict=True):
-        quantizer = quantizer.to(before[name].device)
-        both = (before[name], fake_quantize(before[name], quantizer))
-        images = [each[0, :DRAWN_TOKENS].float().abs().T.numpy() for each in both]  # [C,T]
+        after, keep = quantize(before[name], quantizer.to(before[name].device))
+        images = [each[0, :DRAWN_TOKENS].float().abs().T.numpy() for each in (before[name], after)]  # [C,T]
         for axes, image in zip(line, images, strict=True):
             drawn = axes.imshow(image, aspect="auto", origin="lower", cmap="cividis", vmin=0, vmax=images[0].max())
             axes.set_xlabel("token")
-        marks = outlier_mask(before[name], quantizer)[0, :DRAWN_TOKENS].nonzero()
-        line[1].scatter(*marks.T, s=3, linewidths=0, color="#D55E00")
+        line[1].scatter(*keep[0, :DRAWN_TOKENS].nonzero().T, s=3, linewidths=0, color="#D55E00")
         part = CACHE_PARTS.get(name.rpartition(".")[2], name)
         line[0].set_ylabel("channel")
         line[0].set_title(f"{part}, layer {layer}, before")
@@ -1989,6 +2036,28 @@ def plot_activations(model: nn.Module, window: Tensor, setting: Setting, layer: 
         line[1].set_title(f"after: {quantizer.spec.bits} bits{marked}")
         figure.colorbar(drawn, ax=list(line), label="magnitude")
     return figure
+
+
+def draw(model: nn.Module, run: Run, rows: Sequence[Mapping], output: OutputSpec) -> None:
+    """The pictures that output asks for."""
+    if output.plot is not None:
+        is_attribution = any(row["quantized"].startswith("layer ") for row in rows)
+        save_figure(output.plot, plot_attribution(rows) if is_attribution else plot_sweep(rows))
+    if output.plot_activations is not None:
+        window = next(iter(run.texts.values()))[0]
+        setting, layer = drawn_layer(run, output)
+        save_figure(output.plot_activations, plot_activations(model, window, setting, layer))
+
+
+def drawn_layer(run: Run, output: OutputSpec) -> tuple[Setting, int]:
+    """(the narrowest setting of all of run's projections, the layer to draw); UserError if there is no such layer."""
+    setting = min(run.settings, key=lambda setting: (setting.abits, -len(setting.quantizers)))
+    layers = sorted({layer for name in setting.quantizers if (layer := layer_of(name)) is not None})
+    layer = layers[len(layers) // 2] if output.plot_layer is None and layers else output.plot_layer
+    if layer not in layers:
+        has = f"layers {layers[0]} to {layers[-1]}" if layers else "no numbered layer"
+        raise UserError(f"plot_layer {output.plot_layer} is not there to draw: {has} of this model are quantized")
+    return setting, layer
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -2203,7 +2272,7 @@ def evaluate(
 
     quiet_libraries(args.quiet)
     config, tokenizer = load_config_and_tokenizer(which.name)
-    which, layer = which.resolved(config), output.layer(config)
+    which = which.resolved(config)
     texts = load_texts(config, tokenizer, text)
     record = run_record(script, args, which, texts)
     known = load_unfinished(output, record)
@@ -2216,13 +2285,15 @@ def evaluate(
     if args.attribution:
         settings[1:] = parts_of_setting(settings[1])
     run = Run(texts, settings, cache_widths(model), output.report_context)
-    take_over(run, known, output.output)
+    take_over(model, run, output, record, known)
+    if output.plot_activations is not None:
+        drawn_layer(run, output)  # before anything is measured
     rows = report(model, run, text.batch_size, output, record)
     print_settings(model, which.name, text, sweep)
-    draw(model, run, rows, output, layer)
+    draw(model, run, rows, output)
 
 
-def run(main: Callable[[], None]) -> int:
+def exit_status(main: Callable[[], None]) -> int:
     """The exit status of main: 0, 2 after a one-line error for what the user can mend, 1 if the system fails, 130 after
     Ctrl-C, 143 after SIGTERM, 141 if the reader of stdout has gone.
     """

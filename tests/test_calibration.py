@@ -298,13 +298,13 @@ def test_calibration_windows_come_from_the_train_split_and_the_seed(config_and_t
 
 
 def test_a_site_that_never_runs_is_an_error_and_no_fit(model, calibration_windows):
-    model.spare = torch.nn.Module()
-    model.spare.k_proj = torch.nn.Linear(4, 4)
+    model.model.spare = torch.nn.Module()
+    model.model.spare.k_proj = torch.nn.Linear(4, 4)
     try:
         with pytest.raises(qu.UserError, match=r"spare.k_proj overflows in float32, or never ran"):
             qu.calibrate(model, calibration_windows, {4: NUQ}, qu.CalibrationSpec())
     finally:
-        del model.spare
+        del model.model.spare
 
 
 def test_calibration_text_that_is_too_short(config_and_tokenizer):

@@ -13,11 +13,20 @@ from hypothesis import strategies as st
 from transformers import (
     Gemma2Config,
     Gemma2ForCausalLM,
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
+    GPT2Config,
+    GPT2LMHeadModel,
     GraniteConfig,
     GraniteForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
 )
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
 import quant_utils as qu
 
@@ -77,15 +86,16 @@ def test_chunked_statistics_are_the_whole_ones(model, windows, monkeypatch, toke
             assert one[name] == pytest.approx(other[name], rel=1e-4, abs=1e-6)
 
 
-def test_logits_exist_a_chunk_at_a_time(model, windows, monkeypatch):
+@pytest.mark.parametrize(("batch_size", "chunks"), [(1, 6), (2, 11), (3, 16)])
+def test_logits_exist_a_chunk_at_a_time(model, windows, monkeypatch, batch_size, chunks):
     monkeypatch.setattr(qu, "HEAD_TOKENS", 100)
     seen = []
-    handle = model.lm_head.register_forward_hook(lambda module, args, out: seen.append(out.shape[1]))
+    handle = model.lm_head.register_forward_hook(lambda module, args, out: seen.append(out[..., 0].numel()))
     try:
-        measured(model, windows[:1], {}, dynamic(model, 4), dynamic(model, 2))
+        measured(model, windows[:batch_size], {}, dynamic(model, 4), dynamic(model, 2), batch_size=batch_size)
     finally:
         handle.remove()
-    assert sum(seen) == 3 * 511 and max(seen) == 100 and len(seen) == 3 * 6
+    assert sum(seen) == 3 * 511 * batch_size and max(seen) <= 100 and len(seen) == 3 * chunks
 
 
 @pytest.mark.parametrize(
@@ -94,14 +104,37 @@ def test_logits_exist_a_chunk_at_a_time(model, windows, monkeypatch):
         lambda: LlamaForCausalLM(LlamaConfig(**TINY, tie_word_embeddings=True)),
         lambda: Gemma2ForCausalLM(Gemma2Config(**TINY, num_key_value_heads=1, head_dim=8, final_logit_softcapping=0.3)),
         lambda: GraniteForCausalLM(GraniteConfig(**TINY, num_key_value_heads=1, logits_scaling=0.05)),
+        lambda: OPTForCausalLM(OPTConfig(**TINY, ffn_dim=16, word_embed_proj_dim=16, max_position_embeddings=64)),
+        lambda: MixtralForCausalLM(MixtralConfig(**TINY, num_key_value_heads=1, output_router_logits=True)),
+        lambda: GPT2LMHeadModel(GPT2Config(vocab_size=32, n_positions=64, n_embd=16, n_layer=1, n_head=2)),
     ],
 )
-def test_what_a_model_does_after_its_head_is_done(make):
-    """Soft caps and scales of the logits, which a head's weights alone would miss."""
+def test_what_a_model_does_around_its_decoder_is_done(make):
+    """Soft caps and scales of the logits, which a head's weights alone would miss; bodies inside bodies."""
     model, ids = make().eval(), torch.randint(32, (3, 40))
     assert qu.results(measured(model, ids, {}), "text")[0]["window_nll"] == pytest.approx(
         plain_losses(model, ids), rel=1e-5
     )
+
+
+def test_a_model_that_passes_its_decoder_by_is_refused(model, monkeypatch):
+    bystander = torch.nn.Identity()
+    monkeypatch.setattr(model, "get_decoder", lambda: bystander)
+    with pytest.raises(qu.UserError, match="LlamaForCausalLM does not compute its logits from"):
+        qu.head(model, BaseModelOutputWithPast(last_hidden_state=torch.zeros(1, 4, 128)), slice(0, 2))
+    assert "forward" not in vars(bystander)
+
+
+def test_a_vision_tower_caches_nothing():
+    text = {**TINY, "num_key_value_heads": 1, "head_dim": 8}
+    vision = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    config = Gemma3Config(text_config=text, vision_config={**vision, "image_size": 28, "patch_size": 14})
+    model = Gemma3ForConditionalGeneration(config).eval()
+    widths = qu.cache_widths(model)
+    names = [name for name, _ in model.named_modules() if name.endswith("k_proj")]
+    assert len(names) == 3 and len(widths["keys"]) == len(widths["values"]) == 2
+    assert not any("vision" in name for name in widths["keys"])
+    assert list(qu.find_sites(model, {"v_proj"})) == list(widths["values"])
 
 
 def test_fewer_bits_cost_more_per_channel_keys_cost_less_and_outliers_help(model, windows):
@@ -116,9 +149,9 @@ def test_fewer_bits_cost_more_per_channel_keys_cost_less_and_outliers_help(model
 def test_a_loss_that_is_not_finite_names_window_and_setting(model, windows):
     calls = []
 
-    def poison(module, args, out):
+    def poison(module, args, out):  # two chunks a window
         calls.append(None)
-        return out * (math.nan if len(calls) == 3 else 1)
+        return out * (math.nan if len(calls) == 5 else 1)
 
     handle = model.lm_head.register_forward_hook(poison)
     try:
@@ -163,14 +196,14 @@ def test_the_unquantized_model_is_no_distance_from_itself_and_fewer_bits_are_far
         assert fewer["delta_percent"] == pytest.approx(100 * fewer["delta_ppl"] / base["ppl"])
 
 
-@given(st.integers(0, 2**32), st.sampled_from([1e-4, 0.1, 3.0]))
+@given(st.integers(0, 2**32), st.sampled_from([1e-2, 0.1, 3.0]))
 def test_divergence_is_never_negative_and_zero_for_equal_distributions(seed, scale):
     generator = torch.Generator().manual_seed(seed)
     one = (torch.randn(5, 50, generator=generator) * 4).log_softmax(-1)
     other = (one + scale * torch.randn(5, 50, generator=generator)).log_softmax(-1)
     assert (qu.divergence(one, one) == 0).all() and (qu.divergence(one, other) >= 0).all()
     expected = (one.double().exp() * (one.double() - other.double())).sum(-1)
-    torch.testing.assert_close(qu.divergence(one, other).double(), expected, rtol=1e-3, atol=1e-6)
+    torch.testing.assert_close(qu.divergence(one, other).double(), expected, rtol=1e-3, atol=1e-7)
 
 
 @pytest.mark.parametrize(("count", "shift", "spread"), [(30, 0.01, 0.005), (141, 0.3, 0.1), (200, 0.0, 0.02)])
@@ -286,8 +319,6 @@ def test_what_is_not_quantized_is_stored_in_16_bits(model, windows):
 
 
 def test_a_model_without_separate_keys_and_values_has_no_storage_figures():
-    from transformers import GPT2Config, GPT2LMHeadModel
-
     gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=32, n_positions=16, n_embd=16, n_layer=1, n_head=2)).eval()
     (result,) = qu.results(measured(gpt2, torch.randint(32, (2, 16)), {}), "text")
     assert result["avg_bits"] is result["key_bits"] is result["cache_gib"] is None

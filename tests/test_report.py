@@ -8,6 +8,7 @@ import math
 import os
 import pty
 import re
+import shutil
 import struct
 import subprocess
 import sys
@@ -20,6 +21,7 @@ import torch
 from conftest import CALIBRATED_SCRIPT, DYNAMIC_SCRIPT, NANO, SAMPLE, assert_one_line_error, measured, run_script
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 
 import quant_utils as qu
 
@@ -164,27 +166,32 @@ DRIVER = """
 import os, runpy, signal, sys
 import quant_utils as qu
 
-script, count, name, *sys.argv[1:] = sys.argv[1:]
+script, place, count, name, *sys.argv[1:] = sys.argv[1:]
 sys.argv[0] = script
-whole, calls = qu.measure_batch, []
+calls = []
 
-def measure_batch(*args):
-    if len(calls) == int(count):
-        os.kill(os.getpid(), getattr(signal, name))
-    calls.append(None)
-    return whole(*args)
+def interrupt_at(place, count):
+    whole = getattr(qu, place)
 
-qu.measure_batch = measure_batch
+    def interrupted(*args, **kwargs):
+        calls.append(place)
+        if calls.count(place) > int(count):
+            os.kill(os.getpid(), getattr(signal, name))
+        return whole(*args, **kwargs)
+
+    setattr(qu, place, interrupted)
+
+interrupt_at(place, count)
 if name == "SIGKILL":
     qu.SAVE_EVERY = 0
 runpy.run_path(script, run_name="__main__")
 """
 
 
-def killed(tmp_path, script, batches, name, *args):
-    """The process of script, sent a signal before its measured batch number `batches`, counted from 0."""
+def killed(tmp_path, script, batches, name, *args, place="measure_batch"):
+    """The process of script, sent a signal whenever it has called the function `place` more than `batches` times."""
     (tmp_path / "driver.py").write_text(DRIVER)
-    return run_script(tmp_path / "driver.py", script, batches, name, *args)
+    return run_script(tmp_path / "driver.py", script, place, batches, name, *args)
 
 
 @pytest.mark.parametrize(
@@ -205,6 +212,41 @@ def test_a_killed_run_goes_on_to_the_same_figures(sweep, tmp_path, batches, name
     whole = json.loads(out.read_text())
     assert whole["complete"] is True and figures(whole) == figures(sweep[1])
     assert {*whole} == {*sweep[1]}
+
+
+@pytest.mark.parametrize(
+    ("place", "count", "windows"),
+    [
+        ("write_output", 0, 6),  # as the complete file is to be written, and again while what is there is saved
+        ("write_atomically", 0, 6),
+        ("mean_statistics", 1, 2),
+        ("simulate_quantization", 4, 2),  # between two settings of a batch
+        ("check_finite", 2, 4),
+    ],
+)
+def test_wherever_a_signal_arrives_what_is_measured_is_saved(sweep, tmp_path, place, count, windows):
+    out = tmp_path / "out.json"
+    process = killed(tmp_path, DYNAMIC_SCRIPT, count, "SIGINT", NANO, *SWEEP, "--output", out, place=place)
+    assert process.returncode == 130 and f"{out} has {windows} of 6 windows" in process.stderr
+    assert [row["windows"] for row in json.loads(out.read_text())["results"]] == [windows] * 3
+    assert [file.name for file in tmp_path.iterdir() if file.name.startswith(".")] == []
+    assert run_script(DYNAMIC_SCRIPT, NANO, *SWEEP, "--output", out, "--resume").returncode == 0
+    assert figures(json.loads(out.read_text())) == figures(sweep[1])
+
+
+def test_what_was_measured_before_an_error_is_saved_and_said(tmp_path, sweep):
+    (tmp_path / "driver.py").write_text(
+        "import runpy, sys\nimport quant_utils as qu\n"
+        "whole, calls = qu.measure_batch, []\n"
+        "def fail(*args):\n    calls.append(None)\n"
+        "    if len(calls) == 2: raise qu.UserError('out of luck')\n    return whole(*args)\n"
+        "qu.measure_batch = fail\nsys.argv[:2] = sys.argv[1:2]\nrunpy.run_path(sys.argv[0], run_name='__main__')\n"
+    )
+    out = tmp_path / "out.json"
+    process = run_script(tmp_path / "driver.py", DYNAMIC_SCRIPT, NANO, *SWEEP, "--output", out)
+    assert_one_line_error(process, "out of luck")
+    assert process.stderr.startswith(f"warning: {out} has 2 of 6 windows, and --resume goes on from there\n")
+    assert figures(json.loads(out.read_text()))[0]["window_nll"] == sweep[1]["results"][0]["window_nll"][:2]
 
 
 def test_a_run_killed_before_anything_is_measured_leaves_no_file(tmp_path):
@@ -249,7 +291,7 @@ def test_wherever_it_stops_the_figures_are_the_same(model, windows, tmp_path, st
             break
     qu.write_output(qu.OutputSpec(path), {}, first, complete=False)
     with open(path, encoding="utf-8") as file:
-        qu.take_over(second, json.load(file)["results"], path)
+        second.measured["text"] = qu.windows_of(second, "text", json.load(file)["results"])
     assert second.measured == first.measured
     assert list(qu.measure(model, second, batch_size))[-1] == ("text", True)
     assert second.measured == whole.measured
@@ -264,6 +306,41 @@ def test_a_complete_run_is_not_measured_again(sweep, tmp_path):
         row | {"seconds": pytest.approx(row["seconds"])} for row in sweep[1]["results"]
     ]
     assert process.stdout == sweep[0].stdout
+
+
+def test_resume_may_change_what_decides_no_figure(sweep, tmp_path):
+    out = tmp_path / "out.json"
+    out.write_text(json.dumps(sweep[1]))
+    flags = (
+        "--report_context",
+        "1024",
+        "--plot",
+        tmp_path / "a.png",
+        "--quiet",
+        "--plot_activations",
+        tmp_path / "b.svg",
+    )
+    process = killed(tmp_path, DYNAMIC_SCRIPT, 0, "SIGTERM", NANO, *SWEEP, *flags, "--output", out, "--resume")
+    assert process.returncode == 0 and process.stderr == "" and "cache of 1024 tokens" in process.stdout
+    assert (tmp_path / "a.png").exists() and (tmp_path / "b.svg").exists()
+
+
+def test_resume_on_another_device_is_a_warning(sweep, tmp_path):
+    out = tmp_path / "out.json"
+    environment = sweep[1]["environment"] | {"device_name": "another"}
+    out.write_text(json.dumps(sweep[1] | {"environment": environment}))
+    process = run_script(DYNAMIC_SCRIPT, NANO, *SWEEP, "--output", out, "--resume")
+    assert process.returncode == 0 and re.fullmatch("warning: .*out.json.* another device.*\n", process.stderr)
+
+
+def test_resume_with_other_weights_of_the_same_name(tmp_path):
+    model, out = shutil.copytree(NANO, tmp_path / "model"), tmp_path / "out.json"
+    assert killed(tmp_path, DYNAMIC_SCRIPT, 1, "SIGINT", model, *SWEEP, "--output", out).returncode == 130
+    weights = load_file(model / "model.safetensors")
+    weights["model.norm.weight"] *= 3
+    save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+    process = run_script(DYNAMIC_SCRIPT, model, *SWEEP, "--output", out, "--resume")
+    assert_one_line_error(process, "another run", "content of model weights")
 
 
 def test_resume_without_a_file_starts_from_the_beginning(tmp_path):
@@ -305,7 +382,8 @@ def test_resume_refuses_another_setting_and_names_it(sweep, tmp_path, flags, wor
         (("results", 1), {}, ("cannot be continued",)),
         (("results",), 3, ("out.json",)),
         (("settings",), [], ("no JSON that --output wrote",)),
-        (("environment",), {}, ("no JSON that --output wrote",)),
+        (("sha256",), {}, ("content of",)),
+        (("sha256", "model weights"), "0", ("another run", "content of model weights")),
     ],
 )
 def test_resume_refuses_another_run_and_damaged_figures(sweep, tmp_path, place, value, words):
@@ -436,7 +514,7 @@ def test_matplotlib_is_loaded_for_plots_only():
     code += f"try: runpy.run_path({str(DYNAMIC_SCRIPT)!r}, run_name='__main__')\nexcept SystemExit: pass\n"
     code += "print('matplotlib' in sys.modules)"
     process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert process.stdout.splitlines()[-1] == "False", process.stderr
+    assert process.stdout.splitlines()[-1] == "False" and len(tables(process.stdout)) == 2, process.stderr
 
 
 # -- progress
@@ -476,8 +554,8 @@ def test_one_bar_with_the_running_perplexity_on_a_terminal_only(quiet):
         (("--output", "/nowhere/a.csv"), ("'/nowhere/a.csv'", "folder")),
         (("--output", "a.png", "--plot", "a.png"), ("'a.png'", "named twice")),
         (("--plot_activations", "a.png", "--abits", "16"), ("a.png", "below 16")),
-        (("--plot_activations", "a.png", "--plot_layer", "6"), ("plot_layer", "0..5", "got 6")),
-        (("--plot_activations", "a.png", "--plot_layer", "-1"), ("plot_layer", "0..5", "got -1")),
+        (("--plot_activations", "a.png", "--plot_layer", "6"), ("plot_layer 6", "layers 0 to 5")),
+        (("--plot_activations", "a.png", "--plot_layer", "-1"), ("plot_layer -1", "layers 0 to 5")),
         (("--plot_layer", "2"), ("plot_layer 2", "--plot_activations")),
         (("--attribution", "--abits", "4,3"), ("--attribution", "one width", "4, 3")),
         (("--attribution", "--abits", "16"), ("--attribution", "one width", "none")),
@@ -491,9 +569,36 @@ def test_a_mistake_in_a_flag(flags, words):
     assert_one_line_error(run_script(DYNAMIC_SCRIPT, NANO, *TEXT, *flags), *words)
 
 
+@pytest.mark.parametrize("name", ["a$_^b$.txt", "_a.txt", "数据.txt"])
+def test_any_file_name_is_a_label(tmp_path, name):
+    (tmp_path / name).write_text(SAMPLE.read_text(encoding="utf-8")[:4000], encoding="utf-8")
+    flags = ("--datasets", tmp_path / name, "--seqlen", "64", "--limit", "2", "--plot", tmp_path / "a.svg")
+    for options in (("--abits", "16,2"), ("--abits", "2", "--attribution")):
+        process = run_script(DYNAMIC_SCRIPT, NANO, *flags, *options)
+        assert process.returncode == 0 and process.stderr == ""
+    rows = [{**row, "dataset": name} for row in json.loads(json.dumps(ROWS))]
+    assert len(qu.plot_sweep(rows).axes[0].get_legend().get_texts()) == 2
+
+
+ROWS = [
+    {
+        "dataset": "",
+        "abits": bits,
+        "quantized": "",
+        "ppl": 9.0,
+        "avg_bits": bits,
+        "delta_ppl": 0.0,
+        "delta_ppl_se": None,
+    }
+    for bits in (16, 2)
+]
+
+
 @pytest.mark.parametrize(
-    "flag", ["--plot a.png", "--attribution", "--baseline", "--resume", "--plot_activations a.png"]
-)
+    "flag",
+    ["--plot a.png", "--attribution", "--baseline", "--resume", "--plot_activations a.png", "--plot_layer 0",
+     "--report_context 9"],
+)  # fmt: skip
 def test_calibration_takes_no_flag_of_the_evaluation(flag):
     process = run_script(CALIBRATED_SCRIPT, NANO, "--calibrate", "--quantizer_path", "q.pkl", *flag.split())
     assert_one_line_error(process, flag.split()[0], "leave it out")
