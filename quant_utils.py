@@ -1429,12 +1429,11 @@ def check_windows(config, windows: Tensor) -> None:
 
 def cache_widths(model: nn.Module) -> dict[str, dict[str, int]]:
     """{"keys": {site: C, ...}, "values": {...}}: all that model caches, quantized or not, in model order."""
-    leaves = {name: name.rpartition(".")[2] for name in projections(model)}
-    parts = {part: {} for part in CACHE_PARTS.values()}
+    widths: dict[str, dict[str, int]] = {part: {} for part in CACHE_PARTS.values()}
     for name, module in projections(model).items():
-        if leaves[name] in CACHE_PARTS:
-            parts[CACHE_PARTS[leaves[name]]][name] = output_width(module)
-    return parts
+        if part := CACHE_PARTS.get(name.rpartition(".")[2]):
+            widths[part][name] = output_width(module)
+    return widths
 
 
 @dataclass(frozen=True, eq=False)
@@ -1465,7 +1464,7 @@ def on_device(model: nn.Module, quantizers: Mapping[str, Quantizer]) -> dict[str
     return {name: each.to(model.get_submodule(name).weight.device) for name, each in quantizers.items()}
 
 
-def parts_of_setting(whole: Setting) -> list[Setting]:
+def attribution_settings(whole: Setting) -> list[Setting]:
     """Settings that quantize a part of what whole does: each projection in all layers, all of them, one layer each."""
     parts: dict[str, dict[str, Quantizer]] = {}
     layers: dict[str, dict[str, Quantizer]] = {}
@@ -1682,7 +1681,8 @@ def storage_cost(windows: Sequence[Window], run: Run) -> dict[str, float | None]
 def results(run: Run, dataset: str) -> list[dict]:
     """A row of figures for every setting, from the windows of dataset that are measured; None where one is not known.
 
-    ppl = exp(nll), nll the mean in nats; _se are standard errors; seconds are divided evenly over the settings.
+    ppl = exp(nll), nll the mean in nats; _se are standard errors; seconds are divided evenly over the settings; window_
+    lists hold the figures of single windows, from which windows_of takes up a run again.
     """
     columns = list(zip(*run.measured[dataset], strict=True))
     baseline = [window.nll for window in columns[0]]
@@ -2130,7 +2130,7 @@ def add_model_flags(parser: ArgumentParser) -> None:
 
 
 def add_quantization_flags(parser: ArgumentParser) -> None:
-    """--abits, --perchannel, --pertoken, --include_sparse, --sparsity_threshold, --nf, --first_few_fp16."""
+    """--abits to --attribution, --perchannel, --pertoken, the outliers, --nf, --first_few_fp16."""
     flag = parser.add_argument_group("quantization").add_argument
     flag("--abits", type=width_list, default="4", metavar="BITS",
          help="bits an entry, 2..8, or 16 for no quantization; a comma list measures all of them")  # fmt: skip
@@ -2283,7 +2283,7 @@ def evaluate(
         quantizers = quantizers_of(model, specs)
         settings.append(Setting(bits, parts_of(quantizers), on_device(model, quantizers)))
     if args.attribution:
-        settings[1:] = parts_of_setting(settings[1])
+        settings[1:] = attribution_settings(settings[1])
     run = Run(texts, settings, cache_widths(model), output.report_context)
     take_over(model, run, output, record, known)
     if output.plot_activations is not None:

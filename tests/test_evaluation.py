@@ -329,7 +329,7 @@ def test_a_model_without_separate_keys_and_values_has_no_storage_figures():
 
 def test_attribution_quantizes_keys_values_both_and_each_layer_alone(model):
     whole = qu.Setting(3, "keys and values", dynamic(model, 3))
-    settings = {setting.quantized: set(setting.quantizers) for setting in qu.parts_of_setting(whole)}
+    settings = {setting.quantized: set(setting.quantizers) for setting in qu.attribution_settings(whole)}
     layers = range(6)
     sites = {(kind, layer): f"model.layers.{layer}.self_attn.{kind}_proj" for kind in "kv" for layer in layers}
     assert settings == {
@@ -339,7 +339,10 @@ def test_attribution_quantizes_keys_values_both_and_each_layer_alone(model):
         **{f"layer {layer}": {sites["k", layer], sites["v", layer]} for layer in layers},
     }
     values = qu.Setting(3, "values", {name: q for name, q in whole.quantizers.items() if name.endswith("v_proj")})
-    assert [setting.quantized for setting in qu.parts_of_setting(values)] == ["values", *(f"layer {i}" for i in layers)]
+    assert [setting.quantized for setting in qu.attribution_settings(values)] == [
+        "values",
+        *(f"layer {i}" for i in layers),
+    ]
 
 
 # -- the model's dtype
