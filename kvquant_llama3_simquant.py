@@ -77,12 +77,14 @@ def calibrate(args: Namespace, given: dict) -> None:
         if name in EVALUATED_TEXT:
             qu.warn(f"--{name} has no effect with --calibrate")
     sweep, which, how = qu.kv_sweep(args), qu.model_spec(args), qu.calibration_spec(args)
+    if qu.UNQUANTIZED in sweep:
+        raise qu.UserError("--calibrate has nothing to fit with --abits 16: leave 16 out")
     if not all(sweep.values()):
-        raise qu.UserError("--calibrate has nothing to fit with --abits 16, or without --perchannel and --pertoken")
+        raise qu.UserError("--calibrate has nothing to fit without --perchannel and --pertoken")
     if args.quantizer_path is None:
         raise qu.UserError("--calibrate needs --quantizer_path FILE to save the quantizers to")
     check_exportable(args, sweep)
-    qu.check_writable([args.quantizer_path, args.export_kvquant], [how.dataset])
+    qu.check_writable([args.quantizer_path, args.export_kvquant], [how.dataset, which.name])
 
     qu.quiet_libraries(args.quiet)
     config, tokenizer = qu.load_config_and_tokenizer(which.name)

@@ -75,9 +75,14 @@ class UserError(ValueError):
     """A mistake that the user can mend. The message is one line: it quotes the value and says what would be right."""
 
 
+def one_line(message: str) -> str:
+    """message without what is not printable, and not endless."""
+    return "".join(c if c.isprintable() else "?" for c in " ".join(message.split()))[:2000]
+
+
 def warn(message: str) -> None:
     """One line on stderr, and the run goes on."""
-    print(f"warning: {message}", file=sys.stderr)
+    print(f"warning: {one_line(message)}", file=sys.stderr)
 
 
 def quiet_libraries(quiet: bool = False) -> None:
@@ -304,8 +309,8 @@ class OutputSpec:
     plot_layer: int | None = None
 
     def __post_init__(self):
-        if self.report_context < 1:
-            raise UserError(f"report_context must be at least 1, got {self.report_context}")
+        if not 1 <= self.report_context <= 2**50:
+            raise UserError(f"report_context must be in 1..2**50, got {str(self.report_context)[:40]}")
         if self.resume and (self.output is None or self.is_csv):
             raise UserError("--resume goes on with the JSON file that --output names: give it, not ending in .csv")
         for name in ("plot", "plot_activations"):
@@ -904,9 +909,11 @@ def measure_fit(x: Tensor, quantizer: Quantizer) -> Fit:
 def check_writable(paths: Iterable[str | None], inputs: Iterable[str | None]) -> None:
     """Raise UserError unless write_atomically will be able to write each of paths, and destroys nothing by that.
 
-    No two paths may be the same, none may be one of the inputs, and what exists must be a file that may be written.
+    No two paths may be the same, none may be one of the inputs or stand in a folder that is one (a model), and what
+    exists must be a file that may be written.
     """
     taken = {Path(other).resolve() for other in inputs if other}
+    taken |= {file.resolve() for folder in taken if folder.is_dir() for file in folder.iterdir()}
     for path in paths:
         if path is None:
             continue
@@ -947,7 +954,7 @@ def write_atomically(path: str, write: Callable[[BinaryIO], None]) -> None:
             os.fsync(file.fileno())
             os.replace(file.name, target)
     except OSError as error:
-        raise UserError(f"{path!r} could not be written ({error.strerror}): what stood there is untouched") from error
+        raise OSError(f"{path!r} could not be written ({error.strerror}): what stood there is untouched") from error
 
 
 FILE_FORMAT, FILE_VERSION = "kvquant simulation: calibrated quantizers", 2
@@ -1166,7 +1173,7 @@ def stored_quantizers(path: str, data: Mapping, model: nn.Module, specs: KVSpec)
     widths = {name: output_width(module) for name, module in sites.items()}
     for name in [*sites, *stored]:
         here = widths.get(name, "none")
-        there = (data["model"]["channels"][name] or here) if name in stored else "none"
+        there = (data["model"]["channels"][name] or here) if name in stored else "no"
         if there != here or here == "none":
             origin = f"{path!r} was calibrated for {data['model']['name'] or 'another model'}"
             raise UserError(f"quantizer file {origin}: it has {there} channels for {name}, this model has {here}")
@@ -1512,7 +1519,6 @@ class Run:
         return len(self.settings) > 1 and self.settings[0].abits == UNQUANTIZED
 
 
-WINDOW_FIGURES = tuple(each.name for each in fields(Window))
 HEAD_TOKENS = 256  # whose logits exist at a time: 125 MiB in fp32 for 128,256 words
 
 
@@ -1698,7 +1704,7 @@ def results(run: Run, dataset: str) -> list[dict]:
         row |= difference if run.is_paired else dict.fromkeys(difference)
         row |= {"kl": mean_of(windows, "kl"), "top1_agreement": mean_of(windows, "top1_agreement")}
         row |= storage_cost(windows, run)
-        rows.append(row | {f"window_{name}": [getattr(w, name) for w in windows] for name in WINDOW_FIGURES})
+        rows.append(row | {f"window_{name}": [getattr(w, name) for w in windows] for name in vars(windows[0])})
     return rows
 
 
@@ -1779,12 +1785,13 @@ def run_record(script: str, args: Namespace, which: ModelSpec, texts: Mapping[st
 
 
 def weights_digest(model: nn.Module) -> str:
-    """A mark of the model's weights, from the first entries of every parameter: another checkpoint has another."""
+    """A mark of the model's weights, from some 256 entries spread over each parameter: training changes it."""
     digest = sha256()
     for name, parameter in model.named_parameters():
         digest.update(name.encode())
         if not parameter.is_meta:
-            digest.update(parameter.detach().flatten()[:64].float().cpu().numpy().tobytes())
+            sample = parameter.detach().flatten()[:: parameter.numel() // 256 + 1]
+            digest.update(sample.float().cpu().numpy().tobytes())
     return digest.hexdigest()
 
 
@@ -1859,7 +1866,8 @@ def check_same_run(output: OutputSpec, here: Mapping, there: Mapping) -> None:
     same |= {name: (here["settings"][name], there["settings"].get(name)) for name in decisive}
     for name, (ours, theirs) in same.items():
         if ours != theirs:
-            raise UserError(f"--resume: {output.output!r} is of another run: {name} is {ours} here and {theirs} there")
+            sides = f"{name} is {ours!r} here and {theirs!r} there"
+            raise UserError(f"--resume: {output.output!r} is of another run: {sides}")
     for name, digest in here["sha256"].items():
         if digest != there["sha256"].get(name):
             raise UserError(f"--resume: {output.output!r} is of another run: the content of {name} is another")
@@ -1877,21 +1885,32 @@ def take_over(model: nn.Module, run: Run, output: OutputSpec, record: dict, know
     try:
         for dataset in run.texts:
             rows = [row for row in known["results"] if row["dataset"] == dataset]
-            if rows:
-                run.measured[dataset] = windows_of(run, dataset, rows)
-                run.seconds[dataset] = math.fsum(float(row["seconds"]) for row in rows)
-                json.dumps(results(run, dataset), allow_nan=False)  # the figures are figures
-    except (ValueError, TypeError, KeyError, AttributeError, ArithmeticError) as error:
+            if rows and (windows := windows_of(run, dataset, rows)):
+                run.measured[dataset] = windows
+                run.seconds[dataset] = math.fsum(max(0.0, float(row["seconds"])) for row in rows)
+                json.dumps(results(run, dataset), allow_nan=False)  # no figure is inf or nan
+    except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError) as error:
         raise UserError(f"--resume: {output.output!r} holds figures that cannot be continued: {error}") from error
 
 
+LIMITS = {"nll": 690, "kl": 1e9, "top1_agreement": 1, "key_bits": 64, "value_bits": 64}  # of a Window; the least is 0
+
+
 def windows_of(run: Run, dataset: str, rows: Sequence[Mapping]) -> list[list[Window]]:
-    """[window][setting] from the rows that results made of them; ValueError if they are of other settings or texts."""
+    """[window][setting] from the rows that results made of them.
+
+    Raises ValueError if they are of other settings or another text, or hold what cannot have been measured.
+    """
     if [(row["abits"], row["quantized"]) for row in rows] != [(each.abits, each.quantized) for each in run.settings]:
         raise ValueError(f"{dataset} has other rows")
     columns = []
     for row in rows:
-        figures = zip(*(row[f"window_{name}"] for name in WINDOW_FIGURES), strict=True)
+        for name, most in LIMITS.items():
+            values = row[f"window_{name}"]
+            bad = [value for value in values if not (type(value) in (int, float) and 0 <= value <= most)]
+            if bad and (name == "nll" or bad != [None] * len(values)):
+                raise ValueError(f"window_{name} of {dataset} has {bad[0]!r}")
+        figures = zip(*(row[f"window_{name}"] for name in LIMITS), strict=True)
         columns.append([Window(*each) for each in figures])
     windows = [list(row) for row in zip(*columns, strict=True)]
     if len(windows) > len(run.texts[dataset]):
@@ -1902,8 +1921,10 @@ def windows_of(run: Run, dataset: str, rows: Sequence[Mapping]) -> list[list[Win
 SAVE_EVERY = 30  # seconds between two versions of --output while it is not complete
 
 
-def report(model: nn.Module, run: Run, batch_size: int, output: OutputSpec, record: Mapping) -> list[dict]:
-    """Measure what run lacks and print its tables; write output, also when interrupted. Returns all rows."""
+def report(
+    model: nn.Module, run: Run, batch_size: int, output: OutputSpec, record: Mapping
+) -> tuple[list[dict], OSError | None]:
+    """Measure what run lacks, print its tables, write output, also when interrupted: (all rows, why output failed)."""
     from tqdm import tqdm
 
     rows: list[dict] = []
@@ -1918,21 +1939,23 @@ def report(model: nn.Module, run: Run, batch_size: int, output: OutputSpec, reco
             elif time.monotonic() - saved > SAVE_EVERY:
                 try:
                     write_output(output, record, run, complete=False)
-                except UserError as error:
+                except OSError as error:
                     warn(str(error))
                 saved = time.monotonic()
-        write_output(output, record, run, complete=True)
+        print_comparison(run, rows)
+        sys.stdout.flush()
+        try:
+            write_output(output, record, run, complete=True)
+        except OSError as error:
+            return rows, error
+        return rows, None
     except BaseException as stop:
-        for signum in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(signum, signal.SIG_IGN)  # the impatient would lose what is measured
         done = write_output(output, record, run, complete=False)
         if isinstance(stop, KeyboardInterrupt):
             raise type(stop)("; ".join(["interrupted", *filter(None, [done])])) from None
         if done:
             warn(done)
         raise
-    print_comparison(run, rows)
-    return rows
 
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Okabe and Ito: told apart by everyone
@@ -1948,9 +1971,19 @@ def save_figure(path: str, figure) -> None:
     write_atomically(path, lambda file: file.write(content.getbuffer()))
 
 
-def title_of(dataset: str) -> str:
-    """Its name, or that of its file, where matplotlib sees neither a formula nor a label that it would hide."""
-    return Path(dataset).name.replace("$", r"\$").replace("_", "\u2009_", 1 if Path(dataset).name[0] == "_" else 0)
+def titles_of(rows: Iterable[Mapping]) -> dict[str, str]:
+    """{dataset: its name, or that of its file, where matplotlib sees no formula and no label that it would hide}."""
+    datasets = list(dict.fromkeys(row["dataset"] for row in rows))
+    names = [Path(dataset).name for dataset in datasets]
+    names = names if len(set(names)) == len(names) else datasets
+    drawable = [name.encode("utf-8", "backslashreplace").decode().replace("$", r"\$") for name in names]
+    return {dataset: " " * (name[0] == "_") + name for dataset, name in zip(datasets, drawable, strict=True)}
+
+
+def errors_of(rows: Iterable[Mapping], name: str) -> list[float] | None:
+    """Standard errors of a figure, None where a single window has none."""
+    errors = [row[f"{name}_se"] for row in rows]
+    return None if None in errors else errors
 
 
 def plot_sweep(rows: Sequence[Mapping]):
@@ -1961,15 +1994,15 @@ def plot_sweep(rows: Sequence[Mapping]):
     axes = figure.add_subplot()
     is_paired = rows[0]["delta_ppl"] is not None
     name = "delta_ppl" if is_paired else "ppl"
-    datasets = dict.fromkeys(row["dataset"] for row in rows)
-    for dataset, colour, marker in zip(datasets, itertools.cycle(COLOURS), itertools.cycle(MARKERS)):
+    for (dataset, title), colour, marker in zip(
+        titles_of(rows).items(), itertools.cycle(COLOURS), itertools.cycle(MARKERS)
+    ):
         mine = sorted((row for row in rows if row["dataset"] == dataset), key=lambda row: row["abits"])
         shown = [row for row in mine if not (is_paired and row["abits"] == UNQUANTIZED)]
         bits = [row["abits"] if row["avg_bits"] is None else row["avg_bits"] for row in shown]
-        errors = [row[f"{name}_se"] or 0 for row in shown]
-        label = f"{title_of(dataset)} (unquantized: {mine[-1]['ppl']:.2f})" if is_paired else title_of(dataset)
+        label = f"{title} (unquantized: {mine[-1]['ppl']:.2f})" if is_paired else title
         style = {"color": colour, "marker": marker, "markersize": 7, "linewidth": 1.5, "capsize": 4}
-        axes.errorbar(bits, [row[name] for row in shown], errors, label=label, **style)
+        axes.errorbar(bits, [row[name] for row in shown], errors_of(shown, name), label=label, **style)
         for x, row in zip(bits, shown, strict=True):
             text = f"{row[name]:+.3g}" if is_paired else f"{row[name]:.2f}"
             axes.annotate(text, (x, row[name]), (6, 6), textcoords="offset points", color=colour)
@@ -1987,24 +2020,26 @@ def plot_attribution(rows: Sequence[Mapping]):
     """Bars of how much the perplexity grows if only a part of the cache is quantized; a line of panels per dataset."""
     from matplotlib.figure import Figure
 
-    datasets = list(dict.fromkeys(row["dataset"] for row in rows))
-    figure = Figure(figsize=(8, 4 * len(datasets)), layout="constrained")
-    panels = figure.subplots(len(datasets), 2, squeeze=False, width_ratios=(1, 3))
-    for dataset, line in zip(datasets, panels, strict=True):
+    titles = titles_of(rows)
+    figure = Figure(figsize=(8, 4 * len(titles)), layout="constrained")
+    panels = figure.subplots(len(titles), 2, squeeze=False, width_ratios=(1, 3))
+    for (dataset, title), line in zip(titles.items(), panels, strict=True):
         mine = [row for row in rows if row["dataset"] == dataset and row["abits"] != UNQUANTIZED]
         layers = [row for row in mine if row["quantized"].startswith("layer ")]
         parts = [row for row in mine if row not in layers]
         for axes, shown, colour in zip(line, (parts, layers), COLOURS, strict=False):
             names = [row["quantized"].removeprefix("layer ").replace(" and ", "\n+ ") for row in shown]
-            errors = [row["delta_ppl_se"] or 0 for row in shown]
-            axes.bar(names, [row["delta_ppl"] for row in shown], yerr=errors, capsize=3, color=colour)
+            axes.bar(
+                names, [row["delta_ppl"] for row in shown], yerr=errors_of(shown, "delta_ppl"), capsize=3, color=colour
+            )
             axes.axhline(0, color="black", linewidth=1)
             axes.grid(axis="y", alpha=0.3)
-        line[0].set_ylabel("increase of perplexity (± SE)")
+            axes.set_ylabel("increase of perplexity (± SE)")
         line[0].set_xlabel("quantized in all layers")
+        line[0].tick_params("x", rotation=60 if len(parts) > 3 else 0)
         line[1].set_xlabel("the only quantized layer")
         line[1].set_xticks(range(0, len(layers), math.ceil(len(layers) / 16)))
-        line[1].set_title(f"{title_of(dataset)}, {mine[0]['abits']} bits")
+        line[1].set_title(f"{title}, {mine[0]['abits']} bits")
     return figure
 
 
@@ -2256,10 +2291,12 @@ def calibration_spec(args: Namespace) -> CalibrationSpec:
 class Terminated(KeyboardInterrupt):
     """SIGTERM, which is to leave everything as tidy as Ctrl-C does."""
 
-    @classmethod
-    def raise_it(cls, *_) -> None:
-        """The signal's handler."""
-        raise cls
+
+def stop(signum: int, frame: object) -> None:
+    """Handler of SIGINT and SIGTERM: raise the exception once. The impatient would lose what is being saved."""
+    for each in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(each, lambda *_: None)
+    raise Terminated if signum == signal.SIGTERM else KeyboardInterrupt
 
 
 def evaluate(
@@ -2268,7 +2305,8 @@ def evaluate(
     """Measure, print, save and draw what the flags ask for; quantizers_of(model, specs) is {site: Quantizer}."""
     text, which, output = eval_spec(args), model_spec(args), output_spec(args, sweep)
     calibrated, exported = (getattr(args, name, None) for name in ("quantizer_path", "export_kvquant"))
-    check_writable([output.output, output.plot, output.plot_activations, exported], [*text.datasets, calibrated])
+    inputs = [*text.datasets, calibrated, which.name]
+    check_writable([output.output, output.plot, output.plot_activations, exported], inputs)
 
     quiet_libraries(args.quiet)
     config, tokenizer = load_config_and_tokenizer(which.name)
@@ -2288,35 +2326,42 @@ def evaluate(
     take_over(model, run, output, record, known)
     if output.plot_activations is not None:
         drawn_layer(run, output)  # before anything is measured
-    rows = report(model, run, text.batch_size, output, record)
+    rows, failure = report(model, run, text.batch_size, output, record)
     print_settings(model, which.name, text, sweep)
     draw(model, run, rows, output)
+    if failure:
+        raise failure
 
 
 def exit_status(main: Callable[[], None]) -> int:
     """The exit status of main: 0, 2 after a one-line error for what the user can mend, 1 if the system fails, 130 after
     Ctrl-C, 143 after SIGTERM, 141 if the reader of stdout has gone.
     """
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # the scripts' imports end on Ctrl-C without a word
-    signal.signal(signal.SIGTERM, Terminated.raise_it)
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, stop)  # the scripts' imports end on Ctrl-C without a word
+    nowhere = open(os.devnull, "w")  # noqa: SIM115, for a stream that the caller has closed
+    sys.stdout, sys.stderr = sys.stdout or nowhere, sys.stderr or nowhere
     sys.stdout.reconfigure(errors="backslashreplace")
+    status, message = 0, None
     try:
         main()
         sys.stdout.flush()
-        return 0
     except UserError as error:
         status, message = 2, f"error: {error}"
-    except torch.OutOfMemoryError:
-        status, message = 2, "error: out of GPU memory: lower --batch_size or --seqlen, or choose a smaller --dtype"
-    except KeyboardInterrupt as stop:
-        status, message = 143 if isinstance(stop, Terminated) else 130, str(stop) or "interrupted"
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and not re.search("(out of|allocate|not enough) memory", str(error)):
+            raise
+        status, message = 2, "error: out of memory: lower --batch_size or --seqlen, or choose a smaller --dtype"
+    except KeyboardInterrupt as interruption:
+        status, message = 143 if isinstance(interruption, Terminated) else 130, str(interruption) or "interrupted"
     except BrokenPipeError:
-        status, message = 141, None
+        status = 141
     except OSError as error:
         status, message = 1, f"error: {error.strerror or error}"
     if message:
-        line = "".join(c if c.isprintable() else "?" for c in " ".join(message.split()))
-        print(f"{Path(sys.argv[0]).name}: {line[:2000]}", file=sys.stderr)
+        print(f"{Path(sys.argv[0]).name}: {one_line(message)}", file=sys.stderr)
     if status in (1, 141):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python's own flush at exit fails again
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, signal.SIG_IGN)  # all is said
     return status

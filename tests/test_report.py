@@ -176,7 +176,8 @@ def interrupt_at(place, count):
     def interrupted(*args, **kwargs):
         calls.append(place)
         if calls.count(place) > int(count):
-            os.kill(os.getpid(), getattr(signal, name))
+            for each in name.split("+"):
+                os.kill(os.getpid(), getattr(signal, each))
         return whole(*args, **kwargs)
 
     setattr(qu, place, interrupted)
@@ -196,7 +197,14 @@ def killed(tmp_path, script, batches, name, *args, place="measure_batch"):
 
 @pytest.mark.parametrize(
     ("batches", "name", "status"),
-    [(1, "SIGINT", 130), (2, "SIGTERM", 143), (1, "SIGKILL", -9), (2, "SIGKILL", -9)],
+    [
+        (1, "SIGINT", 130),
+        (2, "SIGTERM", 143),
+        (1, "SIGTERM+SIGTERM+SIGINT", 143),
+        (2, "SIGINT+SIGINT", 130),
+        (1, "SIGKILL", -9),
+        (2, "SIGKILL", -9),
+    ],
 )
 def test_a_killed_run_goes_on_to_the_same_figures(sweep, tmp_path, batches, name, status):
     out = tmp_path / "out.json"
@@ -343,6 +351,57 @@ def test_resume_with_other_weights_of_the_same_name(tmp_path):
     assert_one_line_error(process, "another run", "content of model weights")
 
 
+def test_resume_of_a_report_without_windows_starts_from_the_beginning(sweep, tmp_path):
+    rows = [{**row, **{name: [] for name in row if name.startswith("window_")}} for row in sweep[1]["results"]]
+    (tmp_path / "out.json").write_text(json.dumps(sweep[1] | {"results": rows}))
+    process = run_script(DYNAMIC_SCRIPT, NANO, *SWEEP, "--output", tmp_path / "out.json", "--resume")
+    assert process.returncode == 0 and figures(json.loads((tmp_path / "out.json").read_text())) == figures(sweep[1])
+
+
+def test_an_output_that_fails_at_the_end_costs_no_table_and_no_plot(tmp_path):
+    (tmp_path / "driver.py").write_text(
+        "import os, runpy, shutil, sys\nimport quant_utils as qu\n"
+        "whole = qu.measure_batch\n"
+        "def vanish(*args):\n    shutil.rmtree(folder, ignore_errors=True)\n    return whole(*args)\n"
+        "qu.measure_batch = vanish\nfolder = sys.argv.pop(1)\nsys.argv[:2] = sys.argv[1:2]\n"
+        "runpy.run_path(sys.argv[0], run_name='__main__')\n"
+    )
+    (tmp_path / "gone").mkdir()
+    files = ("--output", tmp_path / "gone" / "out.json", "--plot", tmp_path / "a.png")
+    process = run_script(tmp_path / "driver.py", tmp_path / "gone", DYNAMIC_SCRIPT, NANO, *SWEEP, *files)
+    assert process.returncode == 1 and len(tables(process.stdout)) == 3 and (tmp_path / "a.png").exists()
+    assert re.fullmatch("kvquant_.*error: .*out.json' could not be written .No such file.*\n", process.stderr)
+    assert "k_proj: 4, 2-bit uniform" in process.stdout
+
+
+def test_a_closed_stdout_costs_no_figure(tmp_path):
+    flags = (*TEXT, "--limit", "1", "--output", tmp_path / "out.json")
+    command = ["sh", "-c", 'exec "$@" >&-', "sh", sys.executable, DYNAMIC_SCRIPT, NANO, *flags]
+    process = subprocess.run(list(map(str, command)), stderr=subprocess.PIPE, text=True)
+    assert process.returncode == 0 and process.stderr == ""
+    assert json.loads((tmp_path / "out.json").read_text())["complete"] is True
+
+
+def test_out_of_memory_is_one_line(tmp_path):
+    errors = ("MemoryError()", "RuntimeError('DefaultCPUAllocator: cannot allocate memory')")
+    for error in errors:
+        (tmp_path / "driver.py").write_text(
+            "import runpy, sys\nimport quant_utils as qu\n"
+            f"def fail(*args):\n    raise {error}\n"
+            "qu.measure_batch = fail\nsys.argv[:2] = sys.argv[1:2]\nrunpy.run_path(sys.argv[0], run_name='__main__')\n"
+        )
+        process = run_script(tmp_path / "driver.py", DYNAMIC_SCRIPT, NANO, *SWEEP)
+        assert_one_line_error(process, "out of memory", "--batch_size")
+
+
+def test_no_output_replaces_a_file_of_the_model(tmp_path):
+    model = shutil.copytree(NANO, tmp_path / "model")
+    process = run_script(DYNAMIC_SCRIPT, model, *TEXT, "--output", model / "config.json")
+    assert_one_line_error(process, "config.json", "also read")
+    flags = ("--calibrate", "--calib_dataset", SAMPLE, "--quantizer_path", model / "model.safetensors")
+    assert_one_line_error(run_script(CALIBRATED_SCRIPT, model, *flags), "model.safetensors", "also read")
+
+
 def test_resume_without_a_file_starts_from_the_beginning(tmp_path):
     process = run_script(DYNAMIC_SCRIPT, NANO, *TEXT, "--output", tmp_path / "new.json", "--resume")
     assert process.returncode == 0 and re.fullmatch("warning: .*new.json.* does not exist yet.*\n", process.stderr)
@@ -355,7 +414,7 @@ def test_resume_without_a_file_starts_from_the_beginning(tmp_path):
         (("--abits", "16,3"), ("abits", "[16, 3] here", "[16, 4, 2] there")),
         (("--seqlen", "64"), ("seqlen", "64 here", "128 there")),
         (("--nf",), ("nf", "True here")),
-        (("--dtype", "bfloat16"), ("dtype", "bfloat16 here", "float32 there")),
+        (("--dtype", "bfloat16"), ("dtype", "'bfloat16' here", "'float32' there")),
         (("--limit", "5"), ("limit", "5 here", "6 there")),
     ],
 )
@@ -370,13 +429,19 @@ def test_resume_refuses_another_setting_and_names_it(sweep, tmp_path, flags, wor
 @pytest.mark.parametrize(
     ("place", "value", "words"),
     [
-        (("model",), "some/other", ("model is", "some/other there")),
+        (("model",), "some/other", ("model is", "'some/other' there")),
         (("script",), "kvquant_llama3_simquant.py", ("script",)),
         (("sha256", str(SAMPLE)), "0", ("content of", "sample.txt is another")),
         (("results", 0, "window_nll", 1), None, ("cannot be continued",)),
         (("results", 0, "window_nll", 1), math.nan, ("cannot be continued",)),
         (("results", 0, "window_nll", 1), 1e300, ("cannot be continued",)),
-        (("results", 0, "window_nll", 1), "3", ("cannot be continued",)),
+        (("results", 0, "window_nll", 1), "3", ("cannot be continued", "window_nll", "'3'")),
+        (("results", 0, "window_nll", 1), -500, ("cannot be continued", "-500")),
+        (("results", 0, "window_nll", 1), True, ("cannot be continued", "True")),
+        (("results", 1, "window_kl", 1), None, ("cannot be continued", "window_kl", "None")),
+        (("results", 1, "window_key_bits", 0), None, ("cannot be continued", "window_key_bits")),
+        (("results", 1, "window_top1_agreement", 0), 55, ("cannot be continued", "55")),
+        (("results", 0, "seconds"), "x", ("cannot be continued",)),
         (("results", 1, "window_kl"), [0.0], ("cannot be continued",)),
         (("results", 1, "quantized"), "keys", ("cannot be continued", "other rows")),
         (("results", 1), {}, ("cannot be continued",)),
@@ -560,7 +625,8 @@ def test_one_bar_with_the_running_perplexity_on_a_terminal_only(quiet):
         (("--attribution", "--abits", "4,3"), ("--attribution", "one width", "4, 3")),
         (("--attribution", "--abits", "16"), ("--attribution", "one width", "none")),
         (("--attribution", "--perchannel", "--pertoken"), ("--attribution", "nothing")),
-        (("--report_context", "0"), ("report_context", "at least 1", "got 0")),
+        (("--report_context", "0"), ("report_context", "1..2**50", "got 0")),
+        (("--report_context", "1" + "0" * 400), ("report_context", "1..2**50")),
         (("--resume",), ("--resume", "--output")),
         (("--resume", "--output", "a.csv"), ("--resume", ".csv")),
     ],
@@ -569,29 +635,16 @@ def test_a_mistake_in_a_flag(flags, words):
     assert_one_line_error(run_script(DYNAMIC_SCRIPT, NANO, *TEXT, *flags), *words)
 
 
-@pytest.mark.parametrize("name", ["a$_^b$.txt", "_a.txt", "数据.txt"])
+@pytest.mark.parametrize("name", ["a$_^b$.txt", "_a.txt", "数据.txt", os.fsdecode(b"a\xff.txt")])
 def test_any_file_name_is_a_label(tmp_path, name):
     (tmp_path / name).write_text(SAMPLE.read_text(encoding="utf-8")[:4000], encoding="utf-8")
     flags = ("--datasets", tmp_path / name, "--seqlen", "64", "--limit", "2", "--plot", tmp_path / "a.svg")
     for options in (("--abits", "16,2"), ("--abits", "2", "--attribution")):
         process = run_script(DYNAMIC_SCRIPT, NANO, *flags, *options)
         assert process.returncode == 0 and process.stderr == ""
-    rows = [{**row, "dataset": name} for row in json.loads(json.dumps(ROWS))]
-    assert len(qu.plot_sweep(rows).axes[0].get_legend().get_texts()) == 2
-
-
-ROWS = [
-    {
-        "dataset": "",
-        "abits": bits,
-        "quantized": "",
-        "ppl": 9.0,
-        "avg_bits": bits,
-        "delta_ppl": 0.0,
-        "delta_ppl_se": None,
-    }
-    for bits in (16, 2)
-]
+    row = {"dataset": name, "ppl": 9.0, "avg_bits": 2, "delta_ppl": 0.0, "delta_ppl_se": None}
+    figure = qu.plot_sweep([row | {"abits": bits} for bits in (16, 2)])
+    assert len(figure.axes[0].get_legend().get_texts()) == 2
 
 
 @pytest.mark.parametrize(
