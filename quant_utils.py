@@ -2060,8 +2060,10 @@ def plot_activations(model: nn.Module, window: Tensor, setting: Setting, layer: 
     for (name, quantizer), line in zip(quantizers.items(), panels, strict=True):
         after, keep = quantize(before[name], quantizer.to(before[name].device))
         images = [each[0, :DRAWN_TOKENS].float().abs().T.numpy() for each in (before[name], after)]  # [C,T]
+        smooth = "nearest" if len(images[0]) <= 512 else "antialiased"  # more channels than the picture has lines
+        style = {"cmap": "cividis", "vmin": 0, "vmax": images[0].max(), "interpolation": smooth}
         for axes, image in zip(line, images, strict=True):
-            drawn = axes.imshow(image, aspect="auto", origin="lower", cmap="cividis", vmin=0, vmax=images[0].max())
+            drawn = axes.imshow(image, aspect="auto", origin="lower", **style)
             axes.set_xlabel("token")
         line[1].scatter(*keep[0, :DRAWN_TOKENS].nonzero().T, s=3, linewidths=0, color="#D55E00")
         part = CACHE_PARTS.get(name.rpartition(".")[2], name)
