@@ -590,16 +590,21 @@ def divergence(reference: Tensor, log_probs: Tensor) -> Tensor:
     return (reference.exp() * (reference - log_probs)).sum(-1).clamp(min=0)  # rounding can fall below zero
 
 
-def token_statistics(log_probs: Tensor, targets: Tensor, reference: Tensor | None) -> Tensor:
+def token_statistics(log_probs: Tensor, targets: Tensor, reference: tuple[Tensor, Tensor] | None) -> Tensor:
     """[3,B,T]: loss of targets [B,T] in nats, KL divergence from reference, and whether both predict the same token.
 
-    log_probs and reference are [B,T,V]; without a reference there is the loss alone, [1,B,T].
+    log_probs is [B,T,V]; reference is its like and the likeliest tokens [B,T] by it, which are found once for all
+    settings (a maximum costs far less than its place). Without a reference there is the loss alone, [1,B,T].
     """
-    nll = -log_probs.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
+
+    def at(tokens: Tensor) -> Tensor:
+        return log_probs.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
+
     if reference is None:
-        return nll[None]
-    agrees = reference.argmax(-1) == log_probs.argmax(-1)
-    return torch.stack([nll, divergence(reference, log_probs), agrees.float()])
+        return -at(targets)[None]
+    reference_log_probs, likeliest = reference
+    agrees = at(likeliest) == log_probs.amax(-1)
+    return torch.stack([-at(targets), divergence(reference_log_probs, log_probs), agrees.float()])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -675,26 +680,25 @@ def dynamic_quantizers(model: nn.Module, specs: KVSpec) -> dict[str, Quantizer]:
     return {name: Quantizer(spec, data_free_codebook(spec)) for name, spec in chosen.items()}
 
 
+def on_device(model: nn.Module, quantizers: Mapping[str, Quantizer]) -> dict[str, Quantizer]:
+    """The same {site: Quantizer}, each where its projection is."""
+    return {name: each.to(model.get_submodule(name).weight.device) for name, each in quantizers.items()}
+
+
 @contextmanager
 def simulate_quantization(model: nn.Module, quantizers: Mapping[str, Quantizer]) -> Iterator[dict[str, Tensor]]:
     """Inside the block model attends to the keys and values that a quantized cache would give back.
 
     Yields {site: [B] outliers of each sequence}, of the latest forward pass.
     """
-    sites = {name: model.get_submodule(name) for name in quantizers}
-    outliers: dict[str, Tensor] = {}
+    local, outliers = on_device(model, quantizers), {}
 
-    def transform(name: str) -> Callable[[Tensor], Tensor]:
-        quantizer = quantizers[name].to(sites[name].weight.device)
+    def quantize_output(name: str, out: Tensor) -> Tensor:
+        quantized, keep = quantize(out, local[name])
+        outliers[name] = keep.sum((1, 2))
+        return quantized
 
-        def on_output(out: Tensor) -> Tensor:
-            quantized, keep = quantize(out, quantizer)
-            outliers[name] = keep.sum((1, 2))
-            return quantized
-
-        return on_output
-
-    with hooked(sites, transform):
+    with hooked({name: model.get_submodule(name) for name in local}, lambda name: partial(quantize_output, name)):
         yield outliers
 
 
@@ -788,7 +792,7 @@ def fisher_histograms(
     Only the sites' outputs require gradients, no parameter does: the first site starts the graph.
     """
     sites = {name: model.get_submodule(name) for name in quantizers}
-    local = {name: quantizer.to(sites[name].weight.device) for name, quantizer in quantizers.items()}
+    local = on_device(model, quantizers)
     totals = dict.fromkeys(quantizers, 0)
 
     def watch(name: str) -> Callable[[Tensor], Tensor]:
@@ -1466,11 +1470,6 @@ def layer_of(site: str) -> int | None:
     return next((int(word) for word in site.split(".") if word.isdigit()), None)
 
 
-def on_device(model: nn.Module, quantizers: Mapping[str, Quantizer]) -> dict[str, Quantizer]:
-    """The same {site: Quantizer}, each where its projection is."""
-    return {name: each.to(model.get_submodule(name).weight.device) for name, each in quantizers.items()}
-
-
 def attribution_settings(whole: Setting) -> list[Setting]:
     """Settings that quantize a part of what whole does: each projection in all layers, all of them, one layer each."""
     parts: dict[str, dict[str, Quantizer]] = {}
@@ -1562,7 +1561,8 @@ def mean_statistics(model: nn.Module, ids: Tensor, outputs: Sequence, is_paired:
         stop, reference = min(start + chunk, predicted), None
         for total, output in zip(totals, outputs, strict=True):
             log_probs = head(model, output, slice(start, stop))
-            reference = log_probs if is_paired and reference is None else reference
+            if is_paired and reference is None:
+                reference = log_probs, log_probs.argmax(-1)
             targets = ids[:, start + 1 : stop + 1].to(log_probs.device)
             total += token_statistics(log_probs, targets, reference).sum(-1, dtype=torch.float64).to(total.device)
     return totals / predicted
@@ -1911,7 +1911,7 @@ def windows_of(run: Run, dataset: str, rows: Sequence[Mapping]) -> list[list[Win
             if bad and (name == "nll" or bad != [None] * len(values)):
                 raise ValueError(f"window_{name} of {dataset} has {bad[0]!r}")
         figures = zip(*(row[f"window_{name}"] for name in LIMITS), strict=True)
-        columns.append([Window(*each) for each in figures])
+        columns.append([Window(**dict(zip(LIMITS, each, strict=True))) for each in figures])
     windows = [list(row) for row in zip(*columns, strict=True)]
     if len(windows) > len(run.texts[dataset]):
         raise ValueError(f"{dataset} has more windows than the text")
