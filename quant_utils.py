@@ -51,6 +51,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, fields, replace
+from datetime import timedelta
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
@@ -75,6 +76,20 @@ class UserError(ValueError):
     """A mistake that the user can mend. The message is one line: it quotes the value and says what would be right."""
 
 
+class ProcessError(UserError):
+    """A UserError of one process among several, which the others do not make."""
+
+
+def process_index(local: bool = False) -> int:
+    """Which of process_count() processes this is, or which on this machine; 0, the main process, prints and writes."""
+    return int(os.environ.get("LOCAL_RANK" if local else "RANK", 0))
+
+
+def process_count() -> int:
+    """How many processes share the windows: as many as `accelerate launch` or torchrun started, else one."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
 def one_line(message: str) -> str:
     """message without what is not printable, and not endless."""
     return "".join(c if c.isprintable() else "?" for c in " ".join(message.split()))[:2000]
@@ -82,7 +97,8 @@ def one_line(message: str) -> str:
 
 def warn(message: str) -> None:
     """One line on stderr, and the run goes on."""
-    print(f"warning: {one_line(message)}", file=sys.stderr)
+    if process_index() == 0:
+        print(f"warning: {one_line(message)}", file=sys.stderr)
 
 
 def quiet_libraries(quiet: bool = False) -> None:
@@ -94,7 +110,9 @@ def quiet_libraries(quiet: bool = False) -> None:
     huggingface_hub.utils.logging.set_verbosity_error()
     transformers.logging.set_verbosity_error()
     datasets.utils.logging.set_verbosity(logging.CRITICAL)
-    if quiet or not sys.stderr.isatty():
+    logging.getLogger("torch").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module="torch|accelerate")  # of compilation and threads
+    if quiet or process_index() > 0 or not sys.stderr.isatty():
         datasets.disable_progress_bars()
         transformers.logging.disable_progress_bar()  # ours, too
 
@@ -104,6 +122,13 @@ def progress(label: str, items: Iterable | None = None, total: int | None = None
     from transformers.utils.logging import tqdm
 
     return tqdm(items, desc=label, total=total, initial=initial, unit="window", leave=False, disable=None)
+
+
+def announce(text: str) -> None:
+    """A line on stderr that says what is being waited for, where there are progress bars."""
+    from transformers.utils.logging import tqdm
+
+    tqdm(desc=text, bar_format="{desc}", total=1, disable=None).close()
 
 
 @dataclass(frozen=True)
@@ -189,18 +214,18 @@ class EvalSpec:
     datasets    names in DATASETS, or paths to .txt, .jsonl or .parquet files (column `text`)
     seqlen      tokens a window
     limit       at most this many windows of each text
-    batch_size  windows a forward pass
+    batch_size  windows a forward pass; None for as many as fit
     """
 
     datasets: tuple[str, ...] = ("wikitext2",)
     seqlen: int = 2048
     limit: int = 512
-    batch_size: int = 1
+    batch_size: int | None = 1
 
     def __post_init__(self):
         for name, least in (("seqlen", 2), ("limit", 1), ("batch_size", 1)):
-            if getattr(self, name) < least:
-                raise UserError(f"{name} must be at least {least}, got {getattr(self, name)}")
+            if (value := getattr(self, name)) is not None and value < least:
+                raise UserError(f"{name} must be at least {least}, got {value}")
         for name in self.datasets:
             check_dataset_name(name)
         files = [name if name in DATASETS else str(Path(name).resolve()) for name in self.datasets]
@@ -240,39 +265,46 @@ class CalibrationSpec:
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """Which model, and how it is loaded; `auto` is resolved by load_model.
+    """Which model, how it is loaded and run.
 
     dtype                auto: the checkpoint's own on a GPU, float32 on a CPU
-    device               auto: the first GPU if there is one, else the CPU
+    device               auto: the first GPU if there is one, all of them if the model is larger (load_model sees), else
+                         the CPU; of several processes each has its own GPU
     attn_implementation  auto: flash_attention_2 if installed and in half precision on a GPU, else sdpa
+    compile              on: decoder layers are compiled for the evaluation; auto: on a GPU (see compiled)
     """
 
     name: str
     dtype: str = "auto"
     device: str = "auto"
     attn_implementation: str = "auto"
+    compile: str = "auto"
 
     def __post_init__(self):
         if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device):
             raise UserError(f"device must be auto, cpu, cuda or cuda:N, got {self.device!r}")
-        gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        if self.device.startswith("cuda") and int(self.device.partition(":")[2] or 0) >= gpus:
+        if process_count() > 1 and ":" in self.device:
+            raise UserError(f"device {self.device} is one GPU, and there are {process_count()} processes: give cuda")
+        gpus, device = torch.cuda.device_count() if torch.cuda.is_available() else 0, self.torch_device
+        if device.type == "cuda" and device.index >= gpus:
             seen = f"{gpus} GPU(s), numbered from 0" if gpus else "no GPU"
-            raise UserError(f"device {self.device} was asked for, but torch {torch.__version__} sees {seen}: try cpu")
+            asked = self.device if process_count() == 1 else f"{device} for process {process_index()}"
+            raise UserError(f"device {asked} was asked for, but torch {torch.__version__} sees {seen}: try cpu")
         if self.attn_implementation == "flash_attention_2":
             if importlib.util.find_spec("flash_attn") is None:
                 raise UserError(
                     "attn_implementation flash_attention_2 needs flash-attn (see README): install it, or use sdpa"
                 )
-            if self.torch_device.type != "cuda" or self.dtype == "float32":
+            if device.type != "cuda" or self.dtype == "float32":
                 raise UserError("attn_implementation flash_attention_2 runs in half precision on a GPU only: use sdpa")
 
     @property
     def torch_device(self) -> torch.device:
-        """device, with auto resolved."""
-        if self.device != "auto":
-            return torch.device(self.device)
-        return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+        """device, with auto resolved to a single one."""
+        kind, _, index = self.device.partition(":")
+        if kind == "cpu" or (kind == "auto" and not torch.cuda.is_available()):
+            return torch.device("cpu")
+        return torch.device("cuda", int(index or process_index(local=True)))
 
     def resolved(self, config) -> ModelSpec:
         """The same without any `auto`; only dtype keeps it, on a GPU, where config does not say."""
@@ -284,9 +316,7 @@ class ModelSpec:
             half = device.type == "cuda" and dtype in ("float16", "bfloat16")
             flash = half and importlib.util.find_spec("flash_attn") is not None
             attention = "flash_attention_2" if flash else "sdpa"
-        if device.type == "cuda":
-            device = torch.device("cuda", device.index or 0)
-        return ModelSpec(self.name, dtype, str(device), attention)
+        return ModelSpec(self.name, dtype, str(device), attention, self.compile)
 
 
 @dataclass(frozen=True)
@@ -334,21 +364,23 @@ class OutputSpec:
 
 @dataclass(frozen=True, eq=False)
 class Codebook:
-    """Sorted levels [L] to search; what they decode to differs only by Q-Norm's scale and offset."""
+    """Sorted levels [L] to search; what they decode to differs only by Q-Norm's scale and offset.
+
+    decoded  [L] the values that the levels stand for
+    """
 
     levels: Tensor
     scale: float = 1.0
     offset: float = 0.0
+    decoded: Tensor = field(init=False)
 
-    @property
-    def decoded(self) -> Tensor:
-        """[L] the values that the levels stand for."""
-        if self.scale == 1 and self.offset == 0:
-            return self.levels
-        return (self.levels.double() * self.scale + self.offset).float()
+    def __post_init__(self):
+        is_plain = self.scale == 1 and self.offset == 0
+        decoded = self.levels if is_plain else (self.levels.double() * self.scale + self.offset).float()
+        object.__setattr__(self, "decoded", decoded)
 
     def to(self, device: torch.device) -> Codebook:
-        """The same with its levels on device."""
+        """The same on device."""
         return replace(self, levels=self.levels.to(device))
 
 
@@ -376,9 +408,24 @@ def data_free_codebook(spec: QuantSpec) -> Codebook:
     return Codebook(normal_float_levels(spec.bits) if spec.codebook == "nf" else uniform_levels(spec.bits))
 
 
+def borders(levels: Tensor) -> Tensor:
+    """[L-1] half way between sorted levels [L]."""
+    return (levels[1:] + levels[:-1]) / 2
+
+
 def nearest_level(unit: Tensor, levels: Tensor) -> Tensor:
     """Index [...] of the level in sorted levels [L] nearest to each element of unit [...]; a tie takes the lower."""
-    return torch.bucketize(unit, (levels[1:] + levels[:-1]) / 2)
+    return torch.bucketize(unit, borders(levels))
+
+
+def decode_nearest(unit: Tensor, codebook: Codebook) -> Tensor:
+    """[...] what the level nearest to each element of unit [...] stands for."""
+    if not torch.compiler.is_compiling() or len(codebook.levels) > 16:
+        return codebook.decoded[nearest_level(unit, codebook.levels)]
+    decoded = codebook.decoded[0]  # the same step by step: a compiled kernel has no search that waits for memory
+    for border, level in zip(borders(codebook.levels).unbind(), codebook.decoded[1:].unbind(), strict=True):
+        decoded = torch.where(unit > border, level, decoded)
+    return decoded
 
 
 BINS, EDGES = 65536, 512  # k-means sees [-1, 1] as BINS bins, and places its first borders among 2 * EDGES edges
@@ -455,20 +502,84 @@ def q_norm(unit: Tensor, levels: Tensor) -> Codebook:
 
 
 def tail_quantiles(x: Tensor, threshold: float, axis: int) -> tuple[Tensor, Tensor]:
-    """(lower, upper) quantiles (1-p)/2 and 1-(1-p)/2 of x along axis, p = threshold; axis is reduced to size 1.
+    """(lower, upper) fp32 quantiles (1-p)/2 and 1-(1-p)/2 of x along axis, p = threshold; axis is reduced to size 1.
 
-    Linear interpolation between order statistics, as torch.quantile. Only the tails are ordered, so for a threshold
-    near 1 this is some twenty times faster on a CPU, and the rank is computed in double precision.
+    Linear interpolation between order statistics, as torch.quantile, the rank in double precision. Two neighbouring
+    order statistics at either end are all it takes: a GPU counts 16-bit numbers, else the tails are sorted.
     """
-    size = x.shape[axis]
-    rank = (1 - threshold) / 2 * (size - 1)  # from either end, 0 being the extreme
+    is_counted = x.device.type != "cpu" and x.dtype in (torch.bfloat16, torch.float16)
+    rank = (1 - threshold) / 2 * (x.shape[axis] - 1)  # from either end, 0 being the extreme
     below = math.floor(rank)
+    ends = (counted_tails if is_counted else sorted_tails)(x, below, axis)
+    lower, upper = (torch.lerp(near.float(), far.float(), rank - below) for near, far in ends)
+    return lower, upper
+
+
+Tails = tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+def sorted_tails(x: Tensor, rank: int, axis: int) -> Tails:
+    """What stands at rank and rank + 1 along axis: ((in ascending order), (in descending order)), 0 the extreme."""
+    far = min(rank + 1, x.shape[axis] - 1)
     ends = []
     for largest in (False, True):
-        tail = x.topk(min(below + 2, size), dim=axis, largest=largest).values  # extreme first
-        near, far = tail.select(axis, below), tail.select(axis, -1)
-        ends.append(torch.lerp(near, far, rank - below).unsqueeze(axis))
+        tail = x.topk(far + 1, dim=axis, largest=largest).values
+        ends.append((tail.narrow(axis, rank, 1), tail.narrow(axis, far, 1)))
     return ends[0], ends[1]
+
+
+@torch.library.custom_op("kvquant::transposed", mutates_args=())
+def transposed(x: Tensor) -> Tensor:
+    """[..., C, T] from x [..., T, C], each row aligned in memory. Opaque to the compiler, which would read x itself."""
+    return transposed_shape(x).copy_(x.mT)
+
+
+@transposed.register_fake
+def transposed_shape(x: Tensor) -> Tensor:
+    """What the compiler knows of it: rows begin at multiples of 16 entries."""
+    *batch, tokens, channels = x.shape
+    return x.new_empty(*batch, channels, -tokens // 16 * -16)[..., :tokens]
+
+
+def counted_tails(x: Tensor, rank: int, axis: int) -> Tails:
+    """sorted_tails of 16-bit x without sorting: the compiler turns it into a single kernel.
+
+    In the order of its bits a number is found bit by bit, from how many are less than each trial.
+    """
+    if axis % x.ndim == x.ndim - 2:
+        low, high = counted_tails(transposed(x), rank, -1)  # a GPU counts fastest along contiguous memory
+        return (low[0].mT, low[1].mT), (high[0].mT, high[1].mT)
+    size, key = x.shape[axis], ordered_key(x)
+    half = 16 if size < 2**16 else 32  # both ends are counted at once, in the halves of an integer
+    whole = torch.int32 if half == 16 else torch.int64
+
+    def count(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+        both = ((key < low).to(whole) + ((key < high).to(whole) << half)).sum(axis, keepdim=True, dtype=whole)
+        return both & (2**half - 1), both >> half & (2**half - 1)
+
+    low = high = torch.full_like(key.narrow(axis, 0, 1), -(2**15))
+    for bit in reversed(range(16)):
+        less_low, less_high = count(low + 2**bit, high + 2**bit)
+        low = torch.where(less_low <= rank, low + 2**bit, low)
+        high = torch.where(less_high <= size - 1 - rank, high + 2**bit, high)
+    less_low, less_high = count(low + 1, high)  # the next rank holds the same number again, or its neighbour
+    above = key.masked_fill(key <= low, 2**15 - 1).amin(axis, keepdim=True)
+    below = key.masked_fill(key >= high, -(2**15)).amax(axis, keepdim=True)
+    next_low = torch.where(less_low < min(rank + 2, size), above, low)
+    next_high = torch.where(less_high > max(size - rank - 2, 0), below, high)
+    low, next_low, high, next_high = (from_ordered_key(each, x.dtype) for each in (low, next_low, high, next_high))
+    return (low, next_low), (high, next_high)
+
+
+def ordered_key(x: Tensor) -> Tensor:
+    """int32 in -2**15..2**15-1, in the order of 16-bit floating-point x: negative ones have their bits turned over."""
+    bits = x.view(torch.int16).int()
+    return torch.where(bits < 0, bits ^ 0x7FFF, bits)
+
+
+def from_ordered_key(key: Tensor, dtype: torch.dtype) -> Tensor:
+    """The number in dtype that ordered_key made key of."""
+    return torch.where(key < 0, key ^ 0x7FFF, key).short().view(dtype)
 
 
 def snap(x: Tensor, lo: Tensor, hi: Tensor, codebook: Codebook) -> Tensor:
@@ -477,7 +588,7 @@ def snap(x: Tensor, lo: Tensor, hi: Tensor, codebook: Codebook) -> Tensor:
     lerp hits both ends exactly, and lo == hi gives lo whatever the index, so an empty range needs no special case.
     """
     unit = (x - lo) / (hi - lo) * 2 - 1
-    return torch.lerp(lo, hi, (codebook.decoded[nearest_level(unit, codebook.levels)] + 1) / 2)
+    return torch.lerp(lo, hi, (decode_nearest(unit, codebook) + 1) / 2)
 
 
 def cap_per_token(keep: Tensor, distance: Tensor, fraction: float) -> Tensor:
@@ -523,18 +634,18 @@ class Quantizer:
         return Quantizer(self.spec, self.codebook.to(device), *bounds)
 
 
-def keep_and_range(y: Tensor, quantizer: Quantizer) -> tuple[Tensor, Tensor, Tensor]:
-    """(keep, lo, hi) for y [B,T,C]: which entries stay exact (bool [B,T,C]), and the range, broadcasting to y.
+def keep_and_range(x: Tensor, quantizer: Quantizer) -> tuple[Tensor, Tensor, Tensor]:
+    """(keep, lo, hi) for x [B,T,C]: which entries stay exact (bool [B,T,C]), and the fp32 range, broadcasting to x.
 
-    Dynamic: outliers are at or beyond the quantiles of y, and the range is that of the others ((inf, -inf) if none is).
+    Dynamic: outliers are at or beyond the quantiles of x, and the range is that of the others ((inf, -inf) if none is).
     Calibrated: the range is given, and outliers lie strictly outside; without outliers, the codebook clips to it.
     """
-    spec, lo, hi = quantizer.spec, quantizer.lo, quantizer.hi
-    keep = torch.zeros_like(y, dtype=torch.bool)
+    spec, lo, hi, y = quantizer.spec, quantizer.lo, quantizer.hi, x.float()
+    keep = torch.zeros_like(x, dtype=torch.bool)
     if spec.include_sparse and quantizer.is_static:
         keep = (y < lo) | (y > hi)
     elif spec.include_sparse:
-        lower, upper = tail_quantiles(y, spec.sparsity_threshold, spec.axis)
+        lower, upper = tail_quantiles(x, spec.sparsity_threshold, spec.axis)
         keep = (y <= lower) | (y >= upper)
     if not quantizer.is_static:
         lo = y.masked_fill(keep, math.inf).amin(spec.axis, keepdim=True)
@@ -557,10 +668,10 @@ def quantize(x: Tensor, quantizer: Quantizer) -> tuple[Tensor, Tensor]:
     body = x[:, sinks:]
     if body.numel() == 0:
         return x, torch.zeros_like(x, dtype=torch.bool)
-    y = body.float()
-    keep, lo, hi = keep_and_range(y, quantizer)
-    snapped = torch.where(keep, body, snap(y, lo, hi, quantizer.codebook).to(x.dtype))
-    return torch.cat([x[:, :sinks], snapped], dim=1), F.pad(keep, (0, 0, sinks, 0))
+    keep, lo, hi = keep_and_range(body, quantizer)
+    snapped = torch.where(keep, body, snap(body.float(), lo, hi, quantizer.codebook).to(x.dtype))
+    no_outlier = torch.zeros_like(x[:, :sinks], dtype=torch.bool)
+    return torch.cat([x[:, :sinks], snapped], dim=1), torch.cat([no_outlier, keep], dim=1)
 
 
 def fake_quantize(x: Tensor, quantizer: Quantizer) -> Tensor:
@@ -655,19 +766,19 @@ def dtype_name(model: nn.Module) -> str:
     return str(model.dtype).removeprefix("torch.")
 
 
+Hook = Callable[[nn.Module, tuple, Tensor], Tensor | None]
+
+
 @contextmanager
-def hooked(
-    sites: Mapping[str, nn.Module], transform: Callable[[str], Callable[[Tensor], Tensor | None]]
-) -> Iterator[None]:
-    """Inside the block each site's output passes through transform(name), or stays as it is where that returns None.
+def hooked(hooks: Iterable[tuple[nn.Module, Hook]]) -> Iterator[None]:
+    """Inside the block each module's output passes through its forward hook; None leaves it as it is.
 
     The hooks go whatever happens inside.
     """
     handles = []
     try:
-        for name, module in sites.items():
-            function = transform(name)
-            handles.append(module.register_forward_hook(lambda module, args, out, function=function: function(out)))
+        for module, hook in hooks:
+            handles.append(module.register_forward_hook(hook))
         yield
     finally:
         for handle in handles:
@@ -680,26 +791,92 @@ def dynamic_quantizers(model: nn.Module, specs: KVSpec) -> dict[str, Quantizer]:
     return {name: Quantizer(spec, data_free_codebook(spec)) for name, spec in chosen.items()}
 
 
+def device_of(module: nn.Module) -> torch.device:
+    """Where a projection or an embedding computes; accelerate may keep its weights elsewhere meanwhile."""
+    at = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
+    return module.weight.device if at is None else torch.empty(0, device=at).device
+
+
+def input_device(model: nn.Module) -> torch.device:
+    """Where token ids go in."""
+    return device_of(model.get_input_embeddings())
+
+
 def on_device(model: nn.Module, quantizers: Mapping[str, Quantizer]) -> dict[str, Quantizer]:
-    """The same {site: Quantizer}, each where its projection is."""
-    return {name: each.to(model.get_submodule(name).weight.device) for name, each in quantizers.items()}
+    """The same {site: Quantizer}, each where its projection computes."""
+    return {name: each.to(device_of(model.get_submodule(name))) for name, each in quantizers.items()}
+
+
+def quantize_output(module: nn.Module, args: tuple, out: Tensor) -> Tensor:
+    """Forward hook of a site: what a quantized cache would give back. The module keeps the count of outliers, [B].
+
+    All that differs between sites is an attribute of the module, so that one compiled graph serves every layer.
+    """
+    quantized, keep = quantize(out, module.kv_quantizer)
+    module.kv_outliers = keep.sum((1, 2))
+    return quantized
 
 
 @contextmanager
 def simulate_quantization(model: nn.Module, quantizers: Mapping[str, Quantizer]) -> Iterator[dict[str, Tensor]]:
     """Inside the block model attends to the keys and values that a quantized cache would give back.
 
-    Yields {site: [B] outliers of each sequence}, of the latest forward pass.
+    Yields a dict that is {site: [B] outliers of each sequence} after the block, of the latest forward pass in it.
     """
-    local, outliers = on_device(model, quantizers), {}
+    sites, outliers = {name: model.get_submodule(name) for name in quantizers}, {}
+    try:
+        for name, quantizer in on_device(model, quantizers).items():
+            sites[name].kv_quantizer = quantizer
+        with hooked((module, quantize_output) for module in sites.values()):
+            yield outliers
+    finally:
+        for name, module in sites.items():
+            vars(module).pop("kv_quantizer", None)
+            if (count := vars(module).pop("kv_outliers", None)) is not None:
+                outliers[name] = count
 
-    def quantize_output(name: str, out: Tensor) -> Tensor:
-        quantized, keep = quantize(out, local[name])
-        outliers[name] = keep.sum((1, 2))
-        return quantized
 
-    with hooked({name: model.get_submodule(name) for name in local}, lambda name: partial(quantize_output, name)):
-        yield outliers
+def decoder_layers(model: nn.Module) -> list[nn.Module]:
+    """The modules with a number in their name that hold projections: model.layers.0, model.layers.1, ..."""
+    numbered = (re.match(r"(.*?\.\d+)\.", name) for name in projections(model))
+    return [model.get_submodule(name) for name in dict.fromkeys(found[1] for found in numbered if found)]
+
+
+def is_to_compile(spec: ModelSpec) -> bool:
+    """Whether evaluations are compiled. auto tries the compiler on a GPU: it wants Triton and a C compiler there."""
+    if spec.compile != "auto" or spec.torch_device.type == "cpu":
+        return spec.compile == "on"
+    try:
+        torch.compile(lambda x: x + 1)(torch.zeros(2, device=spec.torch_device))
+    except Exception as error:  # whatever is missing
+        warn(f"--compile auto: off, because torch.compile fails ({type(error).__name__}: {str(error)[:200]})")
+        return False
+    return True
+
+
+@contextmanager
+def compiled(model: nn.Module, enabled: bool = True) -> Iterator[None]:
+    """Inside the block every decoder layer runs as one compiled graph, hooks included, which alike layers share."""
+    if not enabled:
+        yield
+        return
+    announce("compiling with the first windows; later runs find the code in torch's cache")
+    layers = decoder_layers(model)
+    # Triton's own division is approximate; the option's name differs between releases of torch
+    exact = {name: True for name in torch._inductor.list_options() if re.search("divi[a-z]*_rounding", name)}
+    # without guards on hooks a layer that was compiled without them would pass them over
+    options = {"skip_nnmodule_hook_guards": False, "recompile_limit": 64, "accumulated_recompile_limit": 4096}
+    with torch._dynamo.config.patch(options):
+        try:
+            for layer in layers:
+                layer.compile(dynamic=False, options=exact)
+            yield
+        except torch._dynamo.exc.TorchDynamoException as error:
+            reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200]}"
+            raise UserError(f"the decoder layers do not compile ({reason}): give --compile off") from error
+        finally:
+            for layer in layers:
+                layer._compiled_call_impl = None
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -726,13 +903,13 @@ def record_activations(model: nn.Module, sites: Mapping[str, nn.Module], windows
     blank = torch.tensor(math.nan, dtype=model.dtype)  # of what never runs, which calibrate finds
     seen = {name: blank.repeat(count, seqlen, output_width(module)) for name, module in sites.items()}
 
-    def record(name: str, window: int, out: Tensor) -> None:
-        seen[name][window] = out[0]
+    def record(module: nn.Module, args: tuple, out: Tensor, row: Tensor) -> None:
+        row.copy_(out[0])
 
     with torch.inference_mode():
         for window in progress("activations", range(count)):
-            with hooked(sites, lambda name, window=window: partial(record, name, window)):
-                model.get_decoder()(input_ids=windows[window : window + 1].to(model.device), use_cache=False)
+            with hooked((module, partial(record, row=seen[name][window])) for name, module in sites.items()):
+                model.get_decoder()(input_ids=windows[window : window + 1].to(input_device(model)), use_cache=False)
     return seen
 
 
@@ -756,7 +933,7 @@ def fit_range(x: Tensor, spec: QuantSpec) -> Quantizer:
     codebook = Codebook(uniform_levels(spec.bits)) if spec.codebook == "nuq" else data_free_codebook(spec)
     if spec.axis == PER_TOKEN:
         return Quantizer(spec, codebook)
-    tokens = x[:, spec.sink_tokens :].flatten(0, 1).float()  # [N * (T - sinks), C]
+    tokens = x[:, spec.sink_tokens :].flatten(0, 1)  # [N * (T - sinks), C]
     threshold = spec.sparsity_threshold if spec.include_sparse else 1.0
     lo, hi = tail_quantiles(tokens, threshold, axis=0)
     return Quantizer(spec, codebook, lo[0], hi[0])
@@ -768,10 +945,10 @@ def inliers(x: Tensor, quantizer: Quantizer) -> tuple[Tensor, Tensor, Tensor]:
     Normalization is that of evaluation: values by the range of their token's inliers (the published calibration
     takes the token's percentiles instead).
     """
-    y = x[:, quantizer.spec.sink_tokens :].float()
-    keep, lo, hi = keep_and_range(y, quantizer)
-    radius = ((hi - lo) / 2).expand_as(y)
-    unit = (y - lo) / radius - 1
+    body = x[:, quantizer.spec.sink_tokens :]
+    keep, lo, hi = keep_and_range(body, quantizer)
+    radius = ((hi - lo) / 2).expand_as(body)
+    unit = (body.float() - lo) / radius - 1
     return unit.clamp(-1, 1), ~keep & (radius > 0), radius
 
 
@@ -795,8 +972,8 @@ def fisher_histograms(
     local = on_device(model, quantizers)
     totals = dict.fromkeys(quantizers, 0)
 
-    def watch(name: str) -> Callable[[Tensor], Tensor]:
-        def on_output(out: Tensor) -> Tensor:
+    def watcher(name: str) -> Hook:
+        def on_output(module: nn.Module, args: tuple, out: Tensor) -> Tensor:
             def on_gradient(grad: Tensor) -> None:
                 mean_grad = grad.float() / (grad.shape[1] - 1)  # the loss below is a sum, which fp16 does not underflow
                 totals[name] = totals[name] + nuq_histogram(seen, local[name], mean_grad, weighting)
@@ -808,9 +985,10 @@ def fisher_histograms(
 
         return on_output
 
-    with torch.enable_grad(), checkpointing_if_short(model, windows.shape[1]), hooked(sites, watch):
+    watched = [(module, watcher(name)) for name, module in sites.items()]
+    with torch.enable_grad(), checkpointing_if_short(model, windows.shape[1]), hooked(watched):
         for ids in progress("Fisher information", windows):
-            ids = ids.to(model.device)
+            ids = ids.to(input_device(model))
             logits = model(input_ids=ids[None], use_cache=False).logits[0, :-1]
             F.cross_entropy(logits.float(), ids[1:].to(logits.device), reduction="sum").backward()
     for name, total in totals.items():
@@ -829,7 +1007,7 @@ def checkpointing_if_short(model: nn.Module, tokens: int) -> Iterator[bool]:
     config = model.config.get_text_config()
     width = 12 * config.hidden_size + 4 * getattr(config, "intermediate_size", 4 * config.hidden_size)
     need = tokens * (config.num_hidden_layers * width * model.dtype.itemsize + 8 * config.vocab_size)
-    short = need > free_memory(model.device) / 2
+    short = need > free_memory(input_device(model)) / 2
     layers = [module for module in model.modules() if short and hasattr(module, "gradient_checkpointing")]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # of a new name that older releases of transformers 5 lack
@@ -861,7 +1039,7 @@ def calibrate(
     seen = record_activations(model, sites, windows)
 
     def activations(name: str) -> Tensor:
-        x = seen[name].to(sites[name].weight.device)
+        x = seen[name].to(device_of(sites[name]))
         if not x.isfinite().all():
             raise UserError(f"{name} overflows in {dtype_name(model)}, or never ran: try --dtype bfloat16 or float32")
         return x
@@ -898,7 +1076,7 @@ def measure_fit(x: Tensor, quantizer: Quantizer) -> Fit:
     """How well quantizer reproduces x [N,T,C]."""
     sinks = quantizer.spec.sink_tokens
     y = x[:, sinks:].float()
-    _, lo, hi = keep_and_range(y, quantizer)
+    _, lo, hi = keep_and_range(x[:, sinks:], quantizer)
     quantized, keep = (each[:, sinks:] for each in quantize(x, quantizer))
     error = (quantized.float() - y).square().sum(dtype=torch.float64)
     finite = lo.isfinite() & hi.isfinite()  # a token whose entries are all kept has no range
@@ -1268,17 +1446,48 @@ def load_config_and_tokenizer(name: str):
     return config, tokenizer
 
 
-def load_model(spec: ModelSpec, config) -> nn.Module:
-    """The model on its device, in eval mode, every `auto` of spec resolved (see ModelSpec)."""
+def parameter_bytes(config, dtype: str) -> int:
+    """What the weights of a model of this config take in dtype, from its shapes alone."""
     from transformers import AutoModelForCausalLM
 
-    spec = spec.resolved(config)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=None if dtype == "auto" else dtype)
+    return sum(parameter.nbytes for parameter in model.parameters())
+
+
+WORKSPACE = 2**31  # bytes that an evaluation takes besides the weights, at the least
+
+
+def placement(spec: ModelSpec, config) -> torch.device | str:
+    """The device of a model, or "auto", accelerate's map over all GPUs and host memory, if one GPU does not hold it."""
+    device = spec.torch_device
+    if spec.device != "auto" or device.type == "cpu" or process_count() > 1:
+        return device
+    need, free = parameter_bytes(config, spec.resolved(config).dtype) + WORKSPACE, free_memory(device)
+    return device if need <= free else "auto"
+
+
+def devices_of(model: nn.Module) -> str:
+    """Such as cpu, or cuda:0, cuda:1; "disk" and "cpu" beside a GPU say where weights wait that it has no room for."""
+    placed = getattr(model, "hf_device_map", None) or {"": model.device}
+    return ", ".join(dict.fromkeys(f"cuda:{at}" if isinstance(at, int) else str(at) for at in placed.values()))
+
+
+def load_model(spec: ModelSpec, config) -> nn.Module:
+    """The model on its device or devices, in eval mode, every `auto` of spec resolved (see ModelSpec)."""
+    from transformers import AutoModelForCausalLM
+
     with one_line_errors(f"model {spec.name!r}", "a local folder"):
+        device = placement(spec, config)
+        spec = spec.resolved(config)
+        announce(f"loading {spec.name} {'over all GPUs' if device == 'auto' else f'to {device}'}")
+        if spec.torch_device.type == "cuda":
+            torch.cuda.set_device(spec.torch_device)
         model, found = AutoModelForCausalLM.from_pretrained(
             spec.name,
             config=config,
             dtype=spec.dtype,
-            device_map=spec.torch_device,
+            device_map=device,
             attn_implementation=spec.attn_implementation,
             output_loading_info=True,
         )
@@ -1286,6 +1495,8 @@ def load_model(spec: ModelSpec, config) -> nn.Module:
         raise UserError(f"model {spec.name!r} lacks {len(missing)} tensors, {missing[0]} first: is the copy complete?")
     if surplus := sorted(found["unexpected_keys"]):
         warn(f"model {spec.name!r} has {len(surplus)} tensors that its config does not name, {surplus[0]} first")
+    if device == "auto" and re.search("cpu|disk", devices_of(model)):
+        warn(f"model {spec.name!r} is larger than the GPUs: weights wait in host memory or on disk, which is slow")
     return model.eval().requires_grad_(False)
 
 
@@ -1543,9 +1754,9 @@ def head(model: nn.Module, output, tokens: slice) -> Tensor:
     The model's own class computes the logits, with all that it does after the projection (soft caps, scales).
     """
     part = type(output)(last_hidden_state=output.last_hidden_state[:, tokens])
-    blank = torch.zeros(part.last_hidden_state.shape[:2], dtype=torch.long, device=model.device)
+    blank = torch.zeros(part.last_hidden_state.shape[:2], dtype=torch.long, device=input_device(model))
     with body_passed_over(model, part):
-        return model(input_ids=blank, use_cache=False).logits.float().log_softmax(-1)
+        return model(input_ids=blank, use_cache=False).logits.log_softmax(-1, dtype=torch.float32)
 
 
 def mean_statistics(model: nn.Module, ids: Tensor, outputs: Sequence, is_paired: bool) -> Tensor:
@@ -1569,40 +1780,61 @@ def mean_statistics(model: nn.Module, ids: Tensor, outputs: Sequence, is_paired:
 
 
 def average_bits(
-    widths: Mapping[str, int], quantizers: Mapping[str, Quantizer], outliers: Mapping[str, Tensor], ids: Tensor
+    widths: Mapping[str, int], quantizers: Mapping[str, Quantizer], outliers: Sequence[float], tokens: int
 ) -> list[float | None]:
-    """[B] bits an entry in the caches of windows ids [B,T], over projections {site: C}; None if there are none."""
+    """[B] bits an entry in the caches of B windows with that many outliers in all, over projections {site: C}."""
     if not widths:
-        return [None] * len(ids)
-    tokens = ids.shape[1]
+        return [None] * len(outliers)
     fixed = sum(storage_bits(quantizers.get(name), tokens, width) for name, width in widths.items())
-    counts = [torch.zeros_like(ids[:, 0]), *(outliers[name].to(ids.device) for name in widths if name in outliers)]
     entries = tokens * sum(widths.values())
-    return [(fixed + OUTLIER_BITS * count) / entries for count in torch.stack(counts).sum(0).tolist()]
+    return [(fixed + OUTLIER_BITS * count) / entries for count in outliers]
+
+
+def count_outliers(counts: Mapping[str, Tensor], run: Run, blank: Tensor) -> Tensor:
+    """[2,B] outliers of each window in all keys and in all values, from {site: [B]}; blank is [B] zeros."""
+    parts = [[counts[name].to(blank.device) for name in sites if name in counts] for sites in run.widths.values()]
+    return torch.stack([torch.stack([blank, *part]).sum(0) for part in parts])
 
 
 @torch.inference_mode()
 def measure_batch(
     model: nn.Module, ids: Tensor, run: Run, on_forward: Callable[[int], object] = lambda count: None
-) -> list[list[Window]]:
-    """[B][setting] for windows ids [B,T] in every setting of run; on_forward(B) is called after each forward pass.
+) -> Callable[[], list[list[Window]]]:
+    """Start on windows ids [B,T] in every setting of run; call what is returned to wait for the figures, [B][setting].
 
-    The unquantized model's logits are computed once, for all settings that are compared with it.
+    The unquantized model's logits are computed once, for all settings that are compared with it. on_forward(B) is
+    called after each forward pass. The host is free to start on the next batch before it reads these figures.
     """
-    ids = ids.to(model.device)
-    outputs, outliers = [], []
+    ids = ids.to(input_device(model))
+    outputs, outliers, blank = [], [], torch.zeros(len(ids), dtype=torch.float64, device=ids.device)
     for setting in run.settings:
         with simulate_quantization(model, setting.quantizers) as counts:
             output = model.get_decoder()(input_ids=ids, use_cache=False)
         outputs.append(type(output)(last_hidden_state=output.last_hidden_state))  # whatever else it holds may go
-        outliers.append(counts)
+        outliers.append(count_outliers(counts, run, blank))
         on_forward(len(ids))
-    means = mean_statistics(model, ids, outputs, run.is_paired).tolist()
+    means = mean_statistics(model, ids, outputs, run.is_paired)
+    figures = torch.cat([torch.stack(outliers), means], dim=1).to("cpu", non_blocking=True)  # [S,2+k,B]
+    done = torch.cuda.Event() if ids.is_cuda else None
+    if done is not None:
+        done.record(torch.cuda.current_stream(ids.device))
+
+    def read() -> list[list[Window]]:
+        if done is not None:
+            done.synchronize()
+        return windows_from(figures.tolist(), run, ids.shape[1])
+
+    return read
+
+
+def windows_from(figures: Sequence[Sequence[Sequence[float]]], run: Run, tokens: int) -> list[list[Window]]:
+    """[B][setting] from figures [S,2+k,B]: outliers of keys and of values, then k token statistics."""
     columns = []
-    for setting, counts, (nll, *paired) in zip(run.settings, outliers, means, strict=True):
-        paired = paired or [[None] * len(ids)] * 2
-        bits = [average_bits(run.widths[part], setting.quantizers, counts, ids) for part in ("keys", "values")]
-        columns.append([Window(*figures) for figures in zip(nll, *paired, *bits, strict=True)])
+    for setting, (keys, values, nll, *paired) in zip(run.settings, figures, strict=True):
+        paired = paired or [[None] * len(nll)] * 2
+        counts = {"keys": keys, "values": values}
+        bits = [average_bits(run.widths[part], setting.quantizers, counts[part], tokens) for part in counts]
+        columns.append([Window(*each) for each in zip(nll, *paired, *bits, strict=True)])
     return [list(row) for row in zip(*columns, strict=True)]
 
 
@@ -1633,9 +1865,9 @@ def paired_difference(nll: Sequence[float], baseline: Sequence[float]) -> dict[s
     }
 
 
-def check_finite(model: nn.Module, run: Run, dataset: str, batch: Sequence[Sequence[Window]]) -> None:
-    """Raise UserError for the first figure of batch, the windows that follow what is measured, that is none."""
-    for number, row in enumerate(batch, len(run.measured[dataset]) + 1):
+def check_finite(model: nn.Module, run: Run, dataset: str, first: int, batch: Sequence[Sequence[Window]]) -> None:
+    """Raise UserError for the first figure that is none in batch, the windows of dataset from the first on."""
+    for number, row in enumerate(batch, first + 1):
         for setting, window in zip(run.settings, row, strict=True):
             if not math.isfinite(perplexity([window.nll]) + (window.kl or 0)):
                 place = f"{dataset}, {setting}: window {number} of {len(run.texts[dataset])}"
@@ -1644,26 +1876,164 @@ def check_finite(model: nn.Module, run: Run, dataset: str, batch: Sequence[Seque
                 raise UserError(f"{place} has {figure} in {dtype_name(model)}: {advice}")
 
 
-def measure(model: nn.Module, run: Run, batch_size: int = 1) -> Iterator[tuple[str, bool]]:
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a device or the host had no more memory to give."""
+    lacks = re.search("(out of|allocate|not enough) memory", str(error))
+    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and lacks is not None)
+
+
+def measure_what_fits(
+    model: nn.Module, ids: Tensor, run: Run, on_forward: Callable[[int], object]
+) -> tuple[int, Callable[[], list[list[Window]]]]:
+    """(B, measure_batch) of the first B of windows ids, all if they do not run out of memory."""
+    try:
+        return len(ids), measure_batch(model, ids, run, on_forward)
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+    from accelerate.utils import find_executable_batch_size
+
+    try:  # outside the handler, which holds what the failed attempt had in memory
+        return find_executable_batch_size(starting_batch_size=int(0.9 * len(ids)))(
+            lambda size: (size, measure_batch(model, ids[:size], run, on_forward))
+        )()
+    except RuntimeError as error:
+        if "reached zero" not in str(error):
+            raise
+    advice = "lower --seqlen, choose a smaller --dtype, or give the model more GPUs"
+    raise UserError(f"one window of seqlen {ids.shape[1]} runs out of memory on {devices_of(model)}: {advice}")
+
+
+def batch_size_for_memory(model: nn.Module) -> int:
+    """How many windows fit, by the most memory that one took since the last reset_peak_memory: 1 on a CPU."""
+    fits = []
+    for device in {parameter.device for parameter in model.parameters() if parameter.is_cuda}:
+        took = torch.cuda.max_memory_allocated(device) - torch.cuda.memory_allocated(device)
+        fits.append(int(0.9 * free_memory(device) / max(took, 1)))
+    return max(1, min(fits, default=1))
+
+
+def reset_peak_memory() -> None:
+    """Let batch_size_for_memory see what comes from here on."""
+    for device in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def batches(
+    model: nn.Module, run: Run, dataset: str, batch_size: int | None, on_forward: Callable[[int], object]
+) -> Iterator[tuple[int, Callable[[], list[list[Window]]]]]:
+    """(place of the first window, measure_batch) for batch after batch of what run lacks of dataset.
+
+    Without a batch_size the first window shows how many fit; UserError for a batch_size that does not.
+    """
+    reset_peak_memory()
+    windows, first, size = run.texts[dataset], len(run.measured[dataset]), batch_size or 1
+    while first < len(windows):
+        ids = windows[first : first + size]
+        count, read = measure_what_fits(model, ids, run, on_forward)
+        if batch_size is None:
+            size = batch_size_for_memory(model) if size == 1 else max(1, min(size, count))
+        elif count < len(ids):
+            took = f"batch_size {size} runs out of memory at seqlen {ids.shape[1]} on {devices_of(model)}"
+            raise UserError(f"{took}: --batch_size {count} fits, and auto finds it")
+        yield first, read
+        first += count
+
+
+def measure(model: nn.Module, run: Run, batch_size: int | None = 1) -> Iterator[tuple[str, bool]]:
     """Fill run.measured, batch by batch; yields (dataset, whether that is all of it) after each.
 
-    Raises UserError at the first window whose perplexity is infinite or nan.
+    A GPU starts on the next batch before one is read, so that it never waits for the host; if anything interrupts,
+    what was started is read first. Raises UserError at the first window whose perplexity is infinite or nan.
     """
     total, done = (sum(map(len, each.values())) * len(run.settings) for each in (run.texts, run.measured))
+    ahead = 1 if input_device(model).type == "cuda" else 0
     with progress("measure", total=total, initial=done) as bar:
-        for dataset, windows in run.texts.items():
+        for dataset in run.texts:
+            started: list[tuple[int, Callable[[], list[list[Window]]]]] = []
             rows = run.measured.setdefault(dataset, [])
-            for first in range(len(rows), len(windows), batch_size):
-                start = time.perf_counter()
-                batch = measure_batch(model, windows[first : first + batch_size], run, bar.update)
-                check_finite(model, run, dataset, batch)
-                run.seconds[dataset] = run.seconds.get(dataset, 0.0) + time.perf_counter() - start
-                rows.extend(batch)  # at once, whatever interrupts
+            begin = time.perf_counter() - run.seconds.get(dataset, 0.0)
+
+            def read(started=started, rows=rows, dataset=dataset, begin=begin) -> tuple[str, bool]:
+                first, figures = started[0]
+                batch = figures()
+                check_finite(model, run, dataset, first, batch)
+                run.seconds[dataset] = time.perf_counter() - begin
+                rows[first:] = batch  # interrupted here, it is read once more
+                started.pop(0)
                 running = [perplexity([row[column].nll for row in rows]) for column in range(len(run.settings))[:4]]
                 more = " ..." * (len(run.settings) > 4)
                 bar.set_postfix_str(f"ppl {' '.join(f'{ppl:.4f}' for ppl in running)}{more}")
-                yield dataset, False
+                return dataset, False
+
+            try:
+                for each in batches(model, run, dataset, batch_size, bar.update):
+                    started.append(each)
+                    if len(started) > ahead:
+                        yield read()
+                while started:
+                    yield read()
+            except BaseException:
+                with suppress(UserError):
+                    while started:
+                        read()
+                raise
             yield dataset, True
+
+
+@contextmanager
+def one_for_all() -> Iterator[None]:
+    """An error inside the block of any process is raised in all of them, once all are at its end."""
+    failure = None
+    try:
+        yield
+    except Exception as error:
+        failure = error
+    failures = [each for each in gather([failure and str(failure)]) if each is not None]
+    if failure is not None:
+        raise failure
+    if failures:
+        raise UserError(failures[0])
+
+
+def gather(items: list) -> list:
+    """The items of all processes in one list, in order of their index."""
+    if process_count() == 1:
+        return items
+    from accelerate import PartialState
+    from accelerate.utils import gather_object
+
+    PartialState(cpu=True, backend="gloo", timeout=timedelta(days=7))  # joins the others at the first call
+    return gather_object(items)
+
+
+def share(run: Run, index: int, count: int) -> Run:
+    """What process `index` of `count` measures of what run lacks: the first goes on with run, the others begin anew."""
+    texts = {}
+    for dataset, windows in run.texts.items():
+        done = len(run.measured.get(dataset, ()))
+        each = math.ceil((len(windows) - done) / count)
+        texts[dataset] = windows[done + index * each : done + (index + 1) * each] if index else windows[: done + each]
+    return replace(run, texts=texts) if index == 0 else replace(run, texts=texts, measured={}, seconds={})
+
+
+def measure_together(model: nn.Module, run: Run, batch_size: int | None = 1) -> Iterator[tuple[str, bool]]:
+    """measure, by as many processes as there are: each takes its share, and at the end all have everything."""
+    index, count = process_index(), process_count()
+    if count == 1:
+        yield from measure(model, run, batch_size)
+        return
+    part = share(run, index, count)
+    try:
+        for dataset, _ in measure(model, part, batch_size):
+            yield dataset, False
+    except UserError as error:
+        raise ProcessError(f"process {index} of {count}: {error}") from error
+    parts = gather([(part.measured, part.seconds)])
+    for dataset in run.texts:
+        run.measured[dataset] = [row for measured, _ in parts for row in measured[dataset]]
+        run.seconds[dataset] = max(seconds.get(dataset, 0.0) for _, seconds in parts)
+        yield dataset, True
 
 
 def mean_of(windows: Sequence[Window], name: str) -> float | None:
@@ -1764,7 +2134,7 @@ def print_comparison(run: Run, rows: Sequence[Mapping]) -> None:
 
 def print_settings(model: nn.Module, name: str, text: EvalSpec, sweep: Mapping[int, KVSpec]) -> None:
     """Below the tables: what was measured, on which text, quantized how."""
-    how = f"{dtype_name(model)} on {model.device}, {model.config._attn_implementation} attention"
+    how = f"{dtype_name(model)} on {devices_of(model)}, {model.config._attn_implementation} attention"
     print(f"\n{name}: {how}, windows of {text.seqlen} tokens")
     for dataset in text.datasets:
         print(f"{dataset}: {DATASETS.get(dataset, 'documents joined by blank lines, in disjoint windows')}")
@@ -1797,8 +2167,9 @@ def weights_digest(model: nn.Module) -> str:
 
 def environment(model: nn.Module) -> dict:
     """What a figure depends on besides the settings: versions, device, dtype."""
-    name = torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else "cpu"
-    return {"versions": versions(), "device": str(model.device), "device_name": name, "dtype": dtype_name(model)}
+    at = input_device(model)
+    name = torch.cuda.get_device_name(at) if at.type == "cuda" else "cpu"
+    return {"versions": versions(), "device": devices_of(model), "device_name": name, "dtype": dtype_name(model)}
 
 
 def as_csv(rows: Sequence[Mapping], complete: bool) -> str:
@@ -1821,7 +2192,7 @@ def as_json(data: Mapping) -> str:
 def write_output(output: OutputSpec, record: Mapping, run: Run, complete: bool) -> str:
     """Write what run has, if it has anything, as output asks, atomically. Returns words on what there is."""
     rows = [row for dataset, measured in run.measured.items() if measured for row in results(run, dataset)]
-    if output.output is None or not rows:
+    if output.output is None or not rows or process_index() > 0:
         return ""
     text = as_csv(rows, complete) if output.is_csv else as_json({**record, "complete": complete, "results": rows})
     write_atomically(output.output, lambda file: file.write(text.encode("utf-8", "backslashreplace")))
@@ -1832,7 +2203,7 @@ def write_output(output: OutputSpec, record: Mapping, run: Run, complete: bool) 
 
 NOT_DECISIVE = (
     "output", "resume", "quiet", "plot", "plot_activations", "plot_layer", "report_context", "quantizer_path",
-    "export_kvquant",
+    "export_kvquant", "compile",
 )  # fmt: skip
 
 
@@ -1922,15 +2293,15 @@ SAVE_EVERY = 30  # seconds between two versions of --output while it is not comp
 
 
 def report(
-    model: nn.Module, run: Run, batch_size: int, output: OutputSpec, record: Mapping
+    model: nn.Module, run: Run, batch_size: int | None, output: OutputSpec, record: Mapping
 ) -> tuple[list[dict], OSError | None]:
     """Measure what run lacks, print its tables, write output, also when interrupted: (all rows, why output failed)."""
     from tqdm import tqdm
 
     rows: list[dict] = []
-    saved = time.monotonic()
+    saved, measuring = time.monotonic(), measure_together(model, run, batch_size)
     try:
-        for dataset, is_whole in measure(model, run, batch_size):
+        for dataset, is_whole in measuring:
             if is_whole:
                 rows += results(run, dataset)
                 lines = table(run, rows, FIGURES)
@@ -1950,6 +2321,7 @@ def report(
             return rows, error
         return rows, None
     except BaseException as stop:
+        measuring.close()  # after it has read what was under way
         done = write_output(output, record, run, complete=False)
         if isinstance(stop, KeyboardInterrupt):
             raise type(stop)("; ".join(["interrupted", *filter(None, [done])])) from None
@@ -2155,15 +2527,22 @@ def dataset_list(text: str) -> list[str]:
     return [name.strip() for name in text.split(",")]
 
 
+def batch_size(text: str) -> int | str:
+    """A number of windows, or auto."""
+    return text if text == "auto" else int(text)
+
+
 def add_model_flags(parser: ArgumentParser) -> None:
-    """model, --dtype, --device, --attn_implementation."""
+    """model, --dtype, --device, --attn_implementation, --compile."""
     parser.add_argument("model", help="hub id or local folder")
     flag = parser.add_argument_group("model").add_argument
     flag("--dtype", default="auto", choices=["auto", "float16", "bfloat16", "float32"],
          help="auto: the checkpoint's own on a GPU, float32 on a CPU")  # fmt: skip
-    flag("--device", default="auto", help="auto, cuda, cuda:1 or cpu; auto: the first GPU if there is one")
+    flag("--device", default="auto", help="auto, cuda, cuda:1 or cpu; auto: the first GPU, or all for a larger model")
     flag("--attn_implementation", default="auto", choices=["auto", "sdpa", "eager", "flash_attention_2"],
          help="auto: flash_attention_2 if installed, on a GPU in half precision; else sdpa")  # fmt: skip
+    flag("--compile", default="auto", choices=["auto", "on", "off"],
+         help="compile the decoder layers for the evaluation; auto: on a GPU")  # fmt: skip
 
 
 def add_quantization_flags(parser: ArgumentParser) -> None:
@@ -2193,7 +2572,8 @@ def add_text_flags(parser: ArgumentParser) -> None:
          help="comma list of wikitext2, c4, or paths of .txt, .jsonl or .parquet files")  # fmt: skip
     flag("--seqlen", type=int, default=2048, metavar="N", help="tokens a window")
     flag("--limit", type=int, default=512, metavar="N", help="at most this many windows of each text")
-    flag("--batch_size", type=int, default=1, metavar="N", help="windows a forward pass")
+    flag("--batch_size", type=batch_size, default=1, metavar="N",
+         help="windows a forward pass; auto: as many as fit on the GPU")  # fmt: skip
 
 
 def add_output_flags(parser: ArgumentParser) -> None:
@@ -2272,12 +2652,13 @@ def output_spec(args: Namespace, sweep: Mapping[int, KVSpec]) -> OutputSpec:
 
 def eval_spec(args: Namespace) -> EvalSpec:
     """From the text flags."""
-    return EvalSpec(tuple(args.datasets), args.seqlen, args.limit, args.batch_size)
+    size = None if args.batch_size == "auto" else args.batch_size
+    return EvalSpec(tuple(args.datasets), args.seqlen, args.limit, size)
 
 
 def model_spec(args: Namespace) -> ModelSpec:
     """From the model flags."""
-    return ModelSpec(args.model, args.dtype, args.device, args.attn_implementation)
+    return ModelSpec(args.model, args.dtype, args.device, args.attn_implementation, args.compile)
 
 
 def calibration_spec(args: Namespace) -> CalibrationSpec:
@@ -2312,11 +2693,12 @@ def evaluate(
 
     quiet_libraries(args.quiet)
     config, tokenizer = load_config_and_tokenizer(which.name)
-    which = which.resolved(config)
     texts = load_texts(config, tokenizer, text)
-    record = run_record(script, args, which, texts)
+    record = run_record(script, args, which.resolved(config), texts)
     known = load_unfinished(output, record)
-    model = load_model(which, config)
+    with one_for_all():
+        is_compiled = is_to_compile(which)
+        model = load_model(which, config)
 
     settings = []
     for bits, specs in sweep.items():
@@ -2328,7 +2710,10 @@ def evaluate(
     take_over(model, run, output, record, known)
     if output.plot_activations is not None:
         drawn_layer(run, output)  # before anything is measured
-    rows, failure = report(model, run, text.batch_size, output, record)
+    with compiled(model, is_compiled):
+        rows, failure = report(model, run, text.batch_size, output, record)
+    if process_index() > 0:
+        return
     print_settings(model, which.name, text, sweep)
     draw(model, run, rows, output)
     if failure:
@@ -2343,15 +2728,17 @@ def exit_status(main: Callable[[], None]) -> int:
         signal.signal(signum, stop)  # the scripts' imports end on Ctrl-C without a word
     nowhere = open(os.devnull, "w")  # noqa: SIM115, for a stream that the caller has closed
     sys.stdout, sys.stderr = sys.stdout or nowhere, sys.stderr or nowhere
+    if process_index() > 0:
+        sys.stdout = nowhere
     sys.stdout.reconfigure(errors="backslashreplace")
-    status, message = 0, None
+    status, message, is_ours = 0, None, process_index() == 0
     try:
         main()
         sys.stdout.flush()
     except UserError as error:
-        status, message = 2, f"error: {error}"
+        status, message, is_ours = 2, f"error: {error}", is_ours or isinstance(error, ProcessError)
     except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, MemoryError) and not re.search("(out of|allocate|not enough) memory", str(error)):
+        if not is_out_of_memory(error):
             raise
         status, message = 2, "error: out of memory: lower --batch_size or --seqlen, or choose a smaller --dtype"
     except KeyboardInterrupt as interruption:
@@ -2360,7 +2747,7 @@ def exit_status(main: Callable[[], None]) -> int:
         status = 141
     except OSError as error:
         status, message = 1, f"error: {error.strerror or error}"
-    if message:
+    if message and is_ours:
         print(f"{Path(sys.argv[0]).name}: {one_line(message)}", file=sys.stderr)
     if status in (1, 141):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python's own flush at exit fails again

@@ -66,12 +66,13 @@ def test_hooks_are_gone_after_an_exception_inside_the_block(model, windows):
 
 
 def test_hooks_are_gone_if_attaching_fails_half_way(model):
-    def transform(name):
-        if name.endswith("layers.3.self_attn.k_proj"):
-            raise RuntimeError("half way")
-        return lambda out: out
+    def hooks():
+        for name, module in qu.find_sites(model, SPECS).items():
+            if name.endswith("layers.3.self_attn.k_proj"):
+                raise RuntimeError("half way")
+            yield module, lambda module, args, out: out
 
-    with pytest.raises(RuntimeError, match="half way"), qu.hooked(qu.find_sites(model, SPECS), transform):
+    with pytest.raises(RuntimeError, match="half way"), qu.hooked(hooks()):
         pass
     assert hook_count(model) == 0
 

@@ -1,15 +1,15 @@
 #!/usr/bin/env python3
-"""What a window costs on this GPU, on the shape of Llama-3-8B with random weights; nothing is asserted.
+"""What an evaluation and a calibration cost on GPUs, on the shape of Llama-3-8B with random weights, beside our bounds.
 
-    python3 tests/benchmarks/bench_gpu.py
+    python3 tests/benchmarks/bench_gpu.py                                       what one GPU shows, but for:
+    python3 tests/benchmarks/bench_gpu.py --job                                 a whole evaluation, in a new process
+    accelerate launch --num_processes 4 tests/benchmarks/bench_gpu.py --scale   one GPU against all
 
-bfloat16, sdpa, windows of 2048 random tokens, batch 1; medians over REPEATS in one process. It needs torch and
-transformers alone: the weights are made from the config.
-
-1. Our loop against a plain loop over model(ids) with whole logits, unquantized and in several settings.
-2. A sweep compared with the unquantized model, against its settings one by one; whether the losses are the same bits.
+bfloat16, sdpa, windows of 2048 random tokens, batch 1; medians over REPEATS in one process; nothing is asserted.
+It needs torch, transformers and accelerate alone: the weights are made from the config.
 """
 
+import contextlib
 import statistics
 import sys
 import time
@@ -17,13 +17,14 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+import transformers
 from transformers import LlamaConfig, LlamaForCausalLM
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(ROOT))
 import quant_utils as qu  # noqa: E402
 
-REPEATS, WINDOWS, SEQLEN = 5, 8, 2048
+REPEATS, WINDOWS, SEQLEN, WIKITEXT2 = 5, 8, 2048, 141
 LLAMA_3_8B = {
     "vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
     "num_attention_heads": 32, "num_key_value_heads": 8, "max_position_embeddings": 8192, "rope_theta": 500000.0,
@@ -31,6 +32,8 @@ LLAMA_3_8B = {
 
 
 def random_model():
+    torch.manual_seed(0)
+    torch.cuda.set_device(qu.process_index(local=True))
     torch.set_default_dtype(torch.bfloat16)
     with torch.device("cuda"):
         model = LlamaForCausalLM(LlamaConfig(**LLAMA_3_8B, attn_implementation="sdpa"))
@@ -38,16 +41,23 @@ def random_model():
     return model.eval().requires_grad_(False)
 
 
+def random_windows(count, seqlen=SEQLEN):
+    return torch.randint(LLAMA_3_8B["vocab_size"], (count, seqlen), generator=torch.Generator().manual_seed(0))
+
+
+def seconds(function):
+    """(what it takes, its result)."""
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    result = function()
+    torch.cuda.synchronize()
+    return time.perf_counter() - start, result
+
+
 def milliseconds(function):
-    """(median of function() for one window, its last result)."""
-    times = []
-    for _ in range(REPEATS):
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        result = function()
-        torch.cuda.synchronize()
-        times.append(1000 * (time.perf_counter() - start) / WINDOWS)
-    return statistics.median(times), result
+    """(median of function() for one of WINDOWS windows, its last result)."""
+    times, results = zip(*(seconds(function) for _ in range(REPEATS)), strict=True)
+    return 1000 * statistics.median(times) / WINDOWS, results[-1]
 
 
 @torch.inference_mode()
@@ -59,52 +69,146 @@ def plain_loop(model, windows):
 
 def loop(model, windows, *settings):
     run = qu.Run({"random": windows}, settings, qu.cache_widths(model))
-    list(qu.measure(model, run))
+    list(qu.measure_together(model, run))
     return run
 
 
-def setting(model, bits, **options):
-    axes = {} if bits == qu.UNQUANTIZED else {"k_proj": qu.PER_CHANNEL, "v_proj": qu.PER_TOKEN}
-    specs = {leaf: qu.QuantSpec(axis, bits, **options) for leaf, axis in axes.items()}
-    quantizers = qu.dynamic_quantizers(model, specs)
+def specs(bits, **options):
+    return {
+        "k_proj": qu.QuantSpec(qu.PER_CHANNEL, bits, **options),
+        "v_proj": qu.QuantSpec(qu.PER_TOKEN, bits, **options),
+    }
+
+
+def setting(model, bits, quantizers):
     return qu.Setting(bits, qu.parts_of(quantizers), qu.on_device(model, quantizers))
+
+
+def dynamic(model, bits, **options):
+    return setting(model, bits, qu.dynamic_quantizers(model, {} if bits == qu.UNQUANTIZED else specs(bits, **options)))
+
+
+def calibrated(model, how, windows=16, **options):
+    """(seconds, setting) of 3-bit quantizers with 1 % outliers and the first token exact."""
+    sweep = {3: specs(3, include_sparse=True, first_few_fp16=1, **options)}
+    taken, fitted = seconds(lambda: qu.calibrate(model, random_windows(windows), sweep, how))
+    return taken, setting(model, 3, {name: quantizer for name, (quantizer, _) in fitted[3].items()})
 
 
 def peak_gib(weights):
     """Above the weights, since the last call."""
     peak = (torch.cuda.max_memory_allocated() - weights) / 2**30
-    torch.cuda.reset_peak_memory_stats()
+    qu.reset_peak_memory()
     return peak
 
 
-def show(label, taken, base, weights):
-    print(f"{label:48s} {taken:8.1f} ms {taken / base:8.3f} {peak_gib(weights):8.2f} GiB", flush=True)
+def ratio(function, base):
+    """Of the medians for one window, measured by turns, because a GPU's clock follows its temperature."""
+    pairs = [(seconds(function)[0], seconds(base)[0]) for _ in range(REPEATS)]
+    return statistics.median(one for one, _ in pairs) / statistics.median(other for _, other in pairs)
+
+
+def show(label, figure, unit, bound=None):
+    beside = "" if bound is None else f"   at most {bound}" + "   EXCEEDED" * (figure > bound)
+    print(f"{label:66s} {figure:8.3f} {unit:4s}{beside}", flush=True)
+
+
+def whole_job(model, how):
+    """Everything that follows the loading of model and quantizers, in a process that has compiled nothing yet."""
+
+    def job():
+        with qu.compiled(model):
+            return loop(model, random_windows(WIKITEXT2), three_bits)
+
+    _, three_bits = calibrated(model, how, windows=1, codebook="nuq")
+    taken, _ = seconds(lambda: qu.is_to_compile(qu.ModelSpec("random")))
+    show("trying the compiler, which comes before the loading of the model", taken, "s")
+    taken, run = seconds(job)
+    show(f"nuq3 with 1 % outliers on {WIKITEXT2} windows, compilation included", taken, "s", 10)
+
+
+def speed(model, windows, weights):
+    plain_loop(model, windows)
+    peak_gib(weights)
+    plain, _ = milliseconds(lambda: plain_loop(model, windows))
+    show("plain loop over model(ids), whole logits: a window", plain, "ms")
+    show("... memory above the weights", peak_gib(weights), "GiB")
+    eager, _ = milliseconds(lambda: loop(model, windows, dynamic(model, 16)))
+    show("our loop, unquantized, not compiled", eager, "ms")
+    how = qu.CalibrationSpec()
+    taken, static_nuq = calibrated(model, how, codebook="nuq")
+    show("calibration on 16 windows, NUQ and outliers", taken, "s", 15)
+    show("... memory above the weights", peak_gib(weights), "GiB")
+    taken, _ = calibrated(model, qu.CalibrationSpec(fisher="paper"), codebook="nuq")
+    show("... with Fisher information", taken, "s", 30)
+    show("... memory above the weights", peak_gib(weights), "GiB")
+    _, static_uniform = calibrated(model, how, windows=4)
+    rows = [
+        ("dynamic, uniform", dynamic(model, 3), 1.015),
+        ("dynamic, NormalFloat", dynamic(model, 3, codebook="nf"), 1.015),
+        ("calibrated keys, uniform, 1 % outliers, first token exact", static_uniform, 1.03),
+        ("calibrated keys, NUQ, 1 % outliers, first token exact", static_nuq, 1.03),
+        ("dynamic, uniform, 1 % outliers", dynamic(model, 3, include_sparse=True), 1.06),
+        ("dynamic, uniform, 1 % outliers, first token exact",
+         dynamic(model, 3, include_sparse=True, first_few_fp16=1), 1.06),
+    ]  # fmt: skip
+    with qu.compiled(model):
+        unquantized = dynamic(model, 16)
+        taken, _ = seconds(lambda: loop(model, windows, unquantized))
+        show("our loop, unquantized, compiled", milliseconds(lambda: loop(model, windows, unquantized))[0], "ms")
+        show("... first pass over the windows", taken, "s")
+        bare = ratio(lambda: loop(model, windows, unquantized), lambda: plain_loop(model, windows))
+        show("... against the plain loop", bare, "x", 0.88)
+        peak_gib(weights)
+        for label, each, bound in rows:
+            loop(model, windows, each)
+            taken = ratio(lambda each=each: loop(model, windows, each), lambda: loop(model, windows, unquantized))
+            show(f"{label}: against ours unquantized", taken, "x", bound)
+        show("... memory above the weights, the most of all rows", peak_gib(weights), "GiB", 2)
+        sweep = [dynamic(model, bits) for bits in (16, 4, 3, 2)]
+        loop(model, windows[:1], *sweep)
+        alone = [milliseconds(lambda each=each: loop(model, windows, each)) for each in sweep]
+        together, run = milliseconds(lambda: loop(model, windows, *sweep))
+        show("sweep of 16, 4, 3, 2 bits: against its settings alone", together / sum(ms for ms, _ in alone), "x", 1.1)
+        same = [[row[0].nll for row in one.measured["random"]] for _, one in alone] == [
+            [row[column].nll for row in run.measured["random"]] for column in range(len(sweep))
+        ]
+        print(f"losses of the sweep and of its settings alone are {'the same bits' if same else 'DIFFERENT'}")
+        peak_gib(weights)
+        loop(model, random_windows(1, 32768), rows[-1][1])
+        show("one window of 32768 tokens, dynamic, 1 %: memory above the weights", peak_gib(weights), "GiB", 12)
+
+
+def scale(model):
+    """The loop on the main process's GPU alone, then on those of all; both without compilation time."""
+    count, main = qu.process_count(), qu.process_index() == 0
+    windows, three_bits = random_windows(16 * count), dynamic(model, 3, include_sparse=True)
+    with qu.compiled(model) if main else contextlib.nullcontext():
+        run = qu.Run({"random": windows}, [three_bits], qu.cache_widths(model))
+        if main:
+            list(qu.measure(model, run))  # compiles
+            run.measured.clear()
+            alone, _ = seconds(lambda: list(qu.measure(model, run)))
+    qu.gather([None])
+    with qu.compiled(model):
+        loop(model, windows[: 2 * count], three_bits)
+        taken, every = seconds(lambda: loop(model, windows, three_bits))
+    if main:
+        one, all_of_them = (qu.results(each, "random")[0]["ppl"] for each in (run, every))
+        show(f"{count} GPUs against one: throughput", alone / taken, "x")
+        print(f"... at least {0.9 * count:.1f}")
+        show("... relative difference of the perplexities", abs(all_of_them / one - 1), "", 1e-6)
 
 
 if __name__ == "__main__":
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
     model = random_model()
-    windows = torch.randint(LLAMA_3_8B["vocab_size"], (WINDOWS, SEQLEN), generator=torch.Generator().manual_seed(0))
-    weights = torch.cuda.memory_allocated()
-    sweep = [setting(model, bits) for bits in (16, 4, 3, 2)]
-    loop(model, windows[:2], *sweep)
-    plain_loop(model, windows[:2])
-    peak_gib(weights)
-    print(f"torch {torch.__version__}, {torch.cuda.get_device_name()}; a window, its ratio, peak memory above weights")
-    plain, _ = milliseconds(lambda: plain_loop(model, windows))
-    show("plain loop, whole logits", plain, plain, weights)
-    base, _ = milliseconds(lambda: loop(model, windows, sweep[0]))
-    show("our loop, unquantized", base, plain, weights)
-    for codebook in ("uniform", "nf"):
-        for sparse in (False, True):
-            each = setting(model, 4, codebook=codebook, include_sparse=sparse)
-            taken, _ = milliseconds(lambda each=each: loop(model, windows, each))
-            label = f"4-bit {qu.CODEBOOKS[codebook]}{', 1 % outliers' * sparse}, dynamic"
-            show(f"{label}; against ours unquantized", taken, base, weights)
-    alone = [milliseconds(lambda each=each: loop(model, windows, each)) for each in sweep]
-    peak_gib(weights)
-    total = sum(taken for taken, _ in alone)
-    together, run = milliseconds(lambda: loop(model, windows, *sweep))
-    show("sweep of 16, 4, 3, 2; against its settings alone", together, total, weights)
-    same = all(row["window_nll"] == qu.results(one, "random")[0]["window_nll"]
-               for row, (_, one) in zip(qu.results(run, "random"), alone, strict=True))  # fmt: skip
-    print(f"losses of the sweep and of its settings alone are {'the same bits' if same else 'DIFFERENT'}")
+    if qu.process_index() == 0:
+        print(f"torch {torch.__version__}, transformers {transformers.__version__}, {torch.cuda.get_device_name()}")
+    if "--scale" in sys.argv:
+        scale(model)
+    elif "--job" in sys.argv:
+        whole_job(model, qu.CalibrationSpec())
+    else:
+        speed(model, random_windows(WINDOWS), torch.cuda.memory_allocated())
