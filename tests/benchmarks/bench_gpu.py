@@ -123,7 +123,7 @@ def whole_job(model, how):
     _, three_bits = calibrated(model, how, windows=1, codebook="nuq")
     taken, _ = seconds(lambda: qu.is_to_compile(qu.ModelSpec("random")))
     show("trying the compiler, which comes before the loading of the model", taken, "s")
-    taken, run = seconds(job)
+    taken, _ = seconds(job)
     show(f"nuq3 with 1 % outliers on {WIKITEXT2} windows, compilation included", taken, "s", 10)
 
 
