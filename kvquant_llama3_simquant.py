@@ -89,9 +89,12 @@ def calibrate(args: Namespace, given: dict) -> None:
     qu.quiet_libraries(args.quiet)
     config, tokenizer = qu.load_config_and_tokenizer(which.name)
     windows = qu.load_calibration_windows(config, tokenizer, how)
-    model = qu.load_model(which, config)
+    with qu.one_for_all():
+        model = qu.load_model(which, config)
 
     fitted = qu.calibrate(model, windows, sweep, how)
+    if qu.process_index() > 0:
+        return
     quantizers = {bits: {name: quantizer for name, (quantizer, _) in sites.items()} for bits, sites in fitted.items()}
     settings = {name: getattr(args, name) for name in QUANTIZATION + CALIBRATION}
     qu.save_calibration(args.quantizer_path, quantizers, qu.provenance(model, which.name, settings, how.seqlen))
@@ -132,7 +135,7 @@ def evaluate(args: Namespace, given: dict) -> None:
         if not specs:
             return {}
         quantizers = qu.stored_quantizers(args.quantizer_path, stored, model, specs)
-        if args.export_kvquant is not None:
+        if args.export_kvquant is not None and qu.process_index() == 0:
             qu.export_kvquant(args.export_kvquant, quantizers)
         return quantizers
 

@@ -82,12 +82,42 @@ class ProcessError(UserError):
 
 def process_index(local: bool = False) -> int:
     """Which of process_count() processes this is, or which on this machine; 0, the main process, prints and writes."""
-    return int(os.environ.get("LOCAL_RANK" if local else "RANK", 0))
+    return int(os.environ.get("LOCAL_RANK" if local else "RANK") or 0)
 
 
 def process_count() -> int:
     """How many processes share the windows: as many as `accelerate launch` or torchrun started, else one."""
-    return int(os.environ.get("WORLD_SIZE", 1))
+    return int(os.environ.get("WORLD_SIZE") or 1)
+
+
+def gather(items: list) -> list:
+    """The items of all processes in one list, in order of their index."""
+    if process_count() == 1:
+        return items
+    from accelerate import PartialState
+    from accelerate.utils import gather_object
+
+    try:
+        PartialState(cpu=True, backend="gloo", timeout=timedelta(days=7))  # joins the others at the first call
+    except (ValueError, RuntimeError) as error:
+        advice = "start them with `accelerate launch`, or unset WORLD_SIZE"
+        raise UserError(f"{process_count()} processes do not find each other ({error}): {advice}") from error
+    return gather_object(items)
+
+
+@contextmanager
+def one_for_all() -> Iterator[None]:
+    """An error inside the block of any process is raised in all of them, once all are at its end."""
+    failure = None
+    try:
+        yield
+    except Exception as error:
+        failure = error
+    failures = [each for each in gather([failure and str(failure)]) if each is not None]
+    if failure is not None:
+        raise failure
+    if failures:
+        raise UserError(failures[0])
 
 
 def one_line(message: str) -> str:
@@ -966,7 +996,8 @@ def fisher_histograms(
 ) -> dict[str, Tensor]:
     """{site: nuq_histogram weighted by Fisher information}, window by window of windows [N,T]; no gradient is kept.
 
-    Only the sites' outputs require gradients, no parameter does: the first site starts the graph.
+    Only the sites' outputs require gradients, no parameter does: the first site starts the graph. Processes share the
+    windows, and each has all histograms in the end.
     """
     sites = {name: model.get_submodule(name) for name in quantizers}
     local = on_device(model, quantizers)
@@ -987,10 +1018,13 @@ def fisher_histograms(
 
     watched = [(module, watcher(name)) for name, module in sites.items()]
     with torch.enable_grad(), checkpointing_if_short(model, windows.shape[1]), hooked(watched):
-        for ids in progress("Fisher information", windows):
+        for ids in progress("Fisher information", windows[process_index() :: process_count()]):
             ids = ids.to(input_device(model))
             logits = model(input_ids=ids[None], use_cache=False).logits[0, :-1]
             F.cross_entropy(logits.float(), ids[1:].to(logits.device), reduction="sum").backward()
+    if process_count() > 1:
+        parts = gather([{name: torch.as_tensor(total).cpu() for name, total in totals.items()}])
+        totals = {name: sum(part[name] for part in parts).to(device_of(sites[name])) for name in totals}
     for name, total in totals.items():
         if not total.isfinite().all():
             raise UserError(f"gradients at {name} overflow in {dtype_name(model)}: try --dtype bfloat16 or float32")
@@ -1979,32 +2013,6 @@ def measure(model: nn.Module, run: Run, batch_size: int | None = 1) -> Iterator[
                         read()
                 raise
             yield dataset, True
-
-
-@contextmanager
-def one_for_all() -> Iterator[None]:
-    """An error inside the block of any process is raised in all of them, once all are at its end."""
-    failure = None
-    try:
-        yield
-    except Exception as error:
-        failure = error
-    failures = [each for each in gather([failure and str(failure)]) if each is not None]
-    if failure is not None:
-        raise failure
-    if failures:
-        raise UserError(failures[0])
-
-
-def gather(items: list) -> list:
-    """The items of all processes in one list, in order of their index."""
-    if process_count() == 1:
-        return items
-    from accelerate import PartialState
-    from accelerate.utils import gather_object
-
-    PartialState(cpu=True, backend="gloo", timeout=timedelta(days=7))  # joins the others at the first call
-    return gather_object(items)
 
 
 def share(run: Run, index: int, count: int) -> Run:

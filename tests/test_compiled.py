@@ -1,0 +1,167 @@
+"""torch.compile changes speed alone: the quantizer's figures are the same bits, and every hook runs."""
+
+import itertools
+import math
+import os
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from conftest import DYNAMIC_SCRIPT, NANO, SAMPLE, assert_one_line_error, measured, run_script
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import quant_utils as qu
+
+HALVES = st.sampled_from([torch.bfloat16, torch.float16])
+
+
+# -- order statistics by counting, which is what GPUs do
+
+
+@given(
+    HALVES, st.integers(1, 70), st.integers(1, 5), st.sampled_from([1.0, 0.99, 0.9, 0.5, 0.01]), st.integers(0, 2**31)
+)
+def test_counting_finds_the_order_statistics_that_numpy_sorts_out(dtype, size, others, threshold, seed):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(2, size, others, generator=generator) * 10.0 ** torch.randint(-5, 5, (1,), generator=generator)
+    x = x.masked_fill(torch.rand(x.shape, generator=generator) < 0.3, 0.0).to(dtype)  # with ties
+    x = x * torch.randint(0, 2, x.shape, generator=generator).mul(2).sub(1).to(dtype)  # and with -0
+    rank = math.floor((1 - threshold) / 2 * (size - 1))
+    for axis in (-2, 1):
+        low, high = qu.counted_tails(x, rank, axis)
+        across = qu.counted_tails(x.mT.contiguous(), rank, axis + 1 if axis < 0 else 2)
+        in_order = np.sort(x.double().numpy(), axis=1)
+        far = min(rank + 1, size - 1)
+        for ours, theirs, where in zip(
+            (*low, *high), (*across[0], *across[1]), (rank, far, -1 - rank, -1 - far), strict=True
+        ):
+            assert ours.dtype == dtype and np.array_equal(ours[:, 0].double(), in_order[:, where])
+            assert torch.equal(ours, theirs.mT)
+
+
+@pytest.mark.parametrize("size", [2**15 - 1, 2**15, 2**16 - 1, 2**16, 2**16 + 1])
+def test_counting_holds_for_long_texts(size):
+    x = torch.randn(size, 2).to(torch.bfloat16)
+    for ours, theirs in zip(qu.counted_tails(x, size // 200, 0), qu.sorted_tails(x, size // 200, 0), strict=True):
+        assert all(map(torch.equal, ours, theirs))
+
+
+@given(HALVES)
+def test_ordered_keys_are_in_the_order_of_the_numbers_and_lead_back(dtype):
+    every = torch.arange(-(2**15), 2**15).short().view(dtype)
+    every = every[~every.isnan()]
+    key = qu.ordered_key(every)
+    assert torch.equal(qu.from_ordered_key(key, dtype).view(torch.int16), every.view(torch.int16))
+    assert len(key.unique()) == len(every) and key.abs().max() <= 2**15
+    assert (every[key.argsort()].double().diff() >= 0).all()
+
+
+# -- the quantizer
+
+
+def quantizers(width, dtype):
+    """One for every way to quantize."""
+    generator = torch.Generator().manual_seed(0)
+    fitted = torch.rand(8, generator=generator).mul(2).sub(1).sort().values
+    lo, hi = -1 - torch.rand(width, generator=generator), 1 + torch.rand(width, generator=generator)
+    for axis, codebook, sparse in itertools.product((qu.PER_CHANNEL, qu.PER_TOKEN), qu.CODEBOOKS, (False, True)):
+        spec = qu.QuantSpec(axis, 3, codebook, include_sparse=sparse, sparsity_threshold=0.9, first_few_fp16=2 * sparse)
+        levels = qu.Codebook(fitted, 1.1, 0.01) if codebook == "nuq" else qu.data_free_codebook(spec)
+        yield qu.Quantizer(spec, levels)
+        if axis == qu.PER_CHANNEL:
+            yield qu.Quantizer(spec, levels, lo.to(dtype).float(), hi.to(dtype).float())
+    spec = qu.QuantSpec(qu.PER_CHANNEL, 4, include_sparse=True, cap_outliers=0.1)
+    yield qu.Quantizer(spec, qu.data_free_codebook(spec), lo, hi)
+    for bits in (2, 8):
+        spec = qu.QuantSpec(qu.PER_TOKEN, bits, clamp=True)
+        yield qu.Quantizer(spec, qu.data_free_codebook(spec))
+
+
+def all_quantized(x, each):
+    return [qu.quantize(x, quantizer) for quantizer in each]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_compiled_and_eager_quantize_alike_in_every_mode(dtype):
+    x = torch.randn(2, 40, 32).to(dtype)
+    each = list(quantizers(32, dtype))
+    expected = all_quantized(x, each)
+    compiled = torch.compile(all_quantized, dynamic=False, fullgraph=True)(x, each)
+    for quantizer, ours, theirs in zip(each, compiled, expected, strict=True):
+        assert torch.equal(ours[1], theirs[1]), quantizer.spec
+        torch.testing.assert_close(ours[0], theirs[0], rtol=torch.finfo(dtype).eps, atol=0, msg=str(quantizer.spec))
+
+
+@pytest.mark.parametrize("axis", [qu.PER_CHANNEL, qu.PER_TOKEN])
+def test_the_compiled_counting_is_the_eager_one(axis):
+    x = torch.randn(2, 41, 32).to(torch.bfloat16)
+    compiled = torch.compile(qu.counted_tails, dynamic=False, fullgraph=True)(x[:, 1:], 2, axis)
+    for ours, theirs in zip(compiled, qu.sorted_tails(x[:, 1:], 2, axis), strict=True):
+        assert all(map(torch.equal, ours, theirs))
+
+
+# -- the model
+
+
+@pytest.fixture
+def tiny():
+    shape = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 5, "num_attention_heads": 2}
+    return LlamaForCausalLM(LlamaConfig(vocab_size=64, **shape)).eval().requires_grad_(False)
+
+
+def test_a_compiled_model_runs_every_hook_and_all_layers_share_a_graph(tiny):
+    windows = torch.randint(64, (3, 24))
+    axes = {"k_proj": qu.PER_CHANNEL, "v_proj": qu.PER_TOKEN}
+    specs = {leaf: qu.QuantSpec(axis, 2, include_sparse=True, first_few_fp16=1) for leaf, axis in axes.items()}
+    whole = qu.dynamic_quantizers(tiny, specs)
+    finer = {name: replace(each, codebook=qu.Codebook(qu.normal_float_levels(2))) for name, each in whole.items()}
+    keys = {name: each for name, each in whole.items() if "k_proj" in name}
+    settings = ({}, whole, keys, finer)  # the unquantized first: its graph must not serve the others
+    eager = measured(tiny, windows, *settings).measured["text"]
+    torch._dynamo.reset()
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    with qu.compiled(tiny):
+        for _ in range(2):
+            compiled = measured(tiny, windows, *settings).measured["text"]
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] - graphs == 3  # bare, keys and values, keys alone
+    for ours, theirs in zip(compiled, eager, strict=True):
+        assert [each.nll for each in ours] == pytest.approx([each.nll for each in theirs], rel=1e-4)
+        assert len({each.nll for each in ours}) == 4
+        assert [each.key_bits for each in ours] == [each.key_bits for each in theirs]
+    assert not any(layer._compiled_call_impl for layer in tiny.model.layers)
+
+
+def test_only_the_numbered_layers_are_compiled(tiny):
+    assert qu.decoder_layers(tiny) == list(tiny.model.layers)
+    with qu.compiled(tiny, enabled=False):
+        assert not any(layer._compiled_call_impl for layer in tiny.model.layers)
+    with pytest.raises(KeyError), qu.compiled(tiny):
+        assert all(layer._compiled_call_impl for layer in tiny.model.layers)
+        raise KeyError
+    assert not any(layer._compiled_call_impl for layer in tiny.model.layers)
+
+
+# -- the flag
+
+
+def test_auto_compiles_on_a_gpu_where_the_compiler_works(monkeypatch, capsys):
+    assert [qu.is_to_compile(qu.ModelSpec("m", device="cpu", compile=how)) for how in ("auto", "on", "off")] == [
+        False, True, False,
+    ]  # fmt: skip
+    monkeypatch.setattr(qu.ModelSpec, "torch_device", torch.device("cuda", 0))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert qu.is_to_compile(qu.ModelSpec("m", device="cuda")) is False  # there is none
+    assert "warning: --compile auto: off, because torch.compile fails" in capsys.readouterr().err
+
+
+def test_without_a_c_compiler_on_is_one_line(tmp_path):
+    missing = {"CXX": str(tmp_path / "none"), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path), "PATH": str(tmp_path)}
+    flags = ("--datasets", SAMPLE, "--seqlen", "64", "--limit", "1", "--compile", "on")
+    process = run_script(DYNAMIC_SCRIPT, NANO, *flags, env={**missing, "HOME": os.environ.get("HOME", "")})
+    assert_one_line_error(process, "do not compile", "--compile off")
+    assert sys.executable not in process.stderr

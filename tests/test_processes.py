@@ -1,0 +1,175 @@
+"""Several processes share the windows and give what one gives: real processes, joined over gloo."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import CALIBRATED_SCRIPT, DYNAMIC_SCRIPT, NANO, ROOT, SAMPLE, run_script
+
+import quant_utils as qu
+
+TEXT = ("--datasets", SAMPLE, "--seqlen", "512")
+SWEEP = (NANO, *TEXT, "--abits", "16,3", "--include_sparse")
+
+
+def launch(count, script, *args):
+    """The finished processes that `accelerate launch --num_processes count` would start, by rank."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = {**os.environ, "WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    shared |= {"OMP_NUM_THREADS": "1", "LOCAL_WORLD_SIZE": str(count)}
+    started = [
+        subprocess.Popen(
+            [sys.executable, str(script), *map(str, args)],
+            env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            cwd=ROOT.anchor,
+        )
+        for rank in range(count)
+    ]
+    try:
+        for process in started:
+            process.out, process.err = process.communicate(timeout=200)
+    finally:
+        for process in started:
+            process.kill()
+    return started
+
+
+def assert_same_figures(report, expected):
+    rows = [{**row, "seconds": None} for row in report["results"]]
+    assert len(rows) == len(expected["results"]) > 0 and report["complete"] is True
+    for row, other in zip(rows, expected["results"], strict=True):
+        for name, figure in row.items():
+            if isinstance(figure, (float, list)):
+                assert figure == pytest.approx(other[name], rel=1e-6, abs=1e-9), name
+            elif name != "seconds":
+                assert figure == other[name], name
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """The report of one process: 11 windows, which neither 2 nor 3 processes divide."""
+    out = tmp_path_factory.mktemp("alone") / "out.json"
+    assert run_script(DYNAMIC_SCRIPT, *SWEEP, "--output", out).returncode == 0
+    return json.loads(out.read_text())
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_processes_together_give_what_one_gives_and_the_first_alone_speaks(count, tmp_path, alone):
+    out = tmp_path / "out.json"
+    first, *others = launch(count, DYNAMIC_SCRIPT, *SWEEP, "--output", out)
+    assert first.returncode == 0 and first.err == "" and first.out.count("abits        ppl") == 1
+    assert all((each.returncode, each.out, each.err) == (0, "", "") for each in others)
+    assert_same_figures(json.loads(out.read_text()), alone)
+    assert [file.name for file in tmp_path.iterdir()] == ["out.json"]
+
+
+def test_a_process_without_windows_does_no_harm(tmp_path):
+    flags = (*SWEEP, "--limit", "1", "--output", tmp_path / "out.json")
+    assert [each.returncode for each in launch(2, DYNAMIC_SCRIPT, *flags)] == [0, 0]
+    assert [row["windows"] for row in json.loads((tmp_path / "out.json").read_text())["results"]] == [1, 1]
+
+
+def test_accelerate_launches_it(tmp_path, alone):
+    out = tmp_path / "out.json"
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
+    command = [*launcher, "--main_process_port", "0", DYNAMIC_SCRIPT, *SWEEP, "--output", out]
+    process = subprocess.run(list(map(str, command)), capture_output=True, text=True, cwd=tmp_path, timeout=200)
+    assert process.returncode == 0, process.stderr
+    assert process.stdout.count("abits        ppl") == 1
+    assert_same_figures(json.loads(out.read_text()), alone)
+
+
+def test_an_interrupted_run_is_resumed_by_several(tmp_path, alone):
+    """One process measured 5 windows; two measure the other 6."""
+    rows = [
+        {name: value[:5] if name.startswith("window_") else value for name, value in row.items()}
+        for row in alone["results"]
+    ]
+    out = tmp_path / "out.json"
+    out.write_text(json.dumps({**alone, "complete": False, "results": rows}))
+    first, second = launch(2, DYNAMIC_SCRIPT, *SWEEP, "--output", out, "--resume")
+    assert (first.returncode, second.returncode) == (0, 0), first.err
+    assert_same_figures(json.loads(out.read_text()), alone)
+
+
+def test_a_mistake_is_said_once():
+    first, second = launch(2, DYNAMIC_SCRIPT, NANO, *TEXT, "--abits", "4", "--first_few_fp16", "600")
+    assert (first.returncode, second.returncode) == (2, 2)
+    assert first.err.count("\n") == 1 and "first_few_fp16 600" in first.err and second.err == ""
+
+
+def driver(folder, body):
+    (folder / "driver.py").write_text(
+        f"import os, runpy, sys\nimport quant_utils as qu\n{body}\n"
+        "sys.argv[:2] = sys.argv[1:2]\nrunpy.run_path(sys.argv[0], run_name='__main__')\n"
+    )
+    (folder / "quant_utils.py").symlink_to(ROOT / "quant_utils.py")
+    return folder / "driver.py"
+
+
+def test_a_model_that_one_process_cannot_load_ends_all_with_one_line(tmp_path):
+    body = (
+        "whole = qu.load_model\ndef load(*args):\n"
+        "    if os.environ['RANK'] == '1': raise qu.UserError('no room here')\n    return whole(*args)\n"
+        "qu.load_model = load"
+    )
+    script = driver(tmp_path, body)
+    first, second = launch(2, script, DYNAMIC_SCRIPT, *SWEEP)
+    assert (first.returncode, second.returncode) == (2, 2)
+    assert first.err == "kvquant_simquant_ppl_eval.py: error: no room here\n" and second.err == ""
+
+
+def test_an_error_in_one_process_is_said_by_it(tmp_path):
+    body = (
+        "whole = qu.measure_batch\ndef fail(*args):\n"
+        "    if os.environ['RANK'] == '1': raise qu.UserError('out of luck')\n    return whole(*args)\n"
+        "qu.measure_batch = fail\n"
+        "if os.environ['RANK'] == '0': qu.gather = lambda items: items * 2"  # a launcher would end it here
+    )
+    _, second = launch(2, driver(tmp_path, body), DYNAMIC_SCRIPT, *SWEEP)
+    assert second.returncode == 2
+    assert second.err == "kvquant_simquant_ppl_eval.py: error: process 1 of 2: out of luck\n"
+
+
+def test_processes_that_do_not_meet_are_one_line():
+    process = run_script(DYNAMIC_SCRIPT, *SWEEP, env={"WORLD_SIZE": "2", "MASTER_PORT": "x", "LOCAL_RANK": "0"})
+    assert process.returncode == 2 and process.stderr.count("\n") == 1
+    assert "2 processes do not find each other" in process.stderr and "WORLD_SIZE" in process.stderr
+
+
+def test_the_share_of_each_process_and_what_is_measured_make_up_the_whole():
+    windows = torch.arange(11 * 2).view(11, 2)
+    for done in (0, 1, 5, 11):
+        for count in (1, 2, 3, 4, 12):
+            known = [[i] for i in range(done)]
+            run = qu.Run({"text": windows}, [], {}, measured={"text": list(known)})
+            parts = [qu.share(run, index, count) for index in range(count)]
+            assert parts[0].measured["text"] == known and not any(part.measured for part in parts[1:])
+            assert torch.equal(torch.cat([part.texts["text"] for part in parts]), windows)
+            shares = [len(part.texts["text"]) - done * (index == 0) for index, part in enumerate(parts)]
+            assert max(shares) == -(-(11 - done) // count)
+
+
+def test_calibration_by_several_processes_writes_one_file_like_one_process(tmp_path):
+    text = ("--calib_dataset", SAMPLE, "--nsamples", "3", "--seqlen", "64")
+    flags = (NANO, "--calibrate", "--nuq", "--fisher", "--include_sparse", "--abits", "3", *text, "--quantizer_path")
+    assert run_script(CALIBRATED_SCRIPT, *flags, tmp_path / "one.pkl").returncode == 0
+    first, second = launch(2, CALIBRATED_SCRIPT, *flags, tmp_path / "two.pkl")
+    assert (first.returncode, second.returncode) == (0, 0), first.err + second.err
+    assert second.out == second.err == "" and "Saved to" in first.out
+    one, two = (qu.load_calibration(str(tmp_path / name))["quantizers"] for name in ("one.pkl", "two.pkl"))
+    assert list(one) == list(two)
+    for name in one:
+        for part in ("lo", "hi"):
+            assert (one[name][part] is None) == (two[name][part] is None)
+            assert one[name][part] is None or torch.equal(one[name][part], two[name][part])
+        assert torch.allclose(one[name]["codebooks"][3]["levels"], two[name]["codebooks"][3]["levels"], atol=1e-6)
