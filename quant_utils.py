@@ -1962,11 +1962,14 @@ def batches(
     """
     reset_peak_memory()
     windows, first, size = run.texts[dataset], len(run.measured[dataset]), batch_size or 1
+    is_probe = batch_size is None
     while first < len(windows):
         ids = windows[first : first + size]
         count, read = measure_what_fits(model, ids, run, on_forward)
-        if batch_size is None:
-            size = batch_size_for_memory(model) if size == 1 else max(1, min(size, count))
+        if is_probe:
+            size, is_probe = batch_size_for_memory(model), False
+        elif count < len(ids) and batch_size is None:
+            size = count
         elif count < len(ids):
             took = f"batch_size {size} runs out of memory at seqlen {ids.shape[1]} on {devices_of(model)}"
             raise UserError(f"{took}: --batch_size {count} fits, and auto finds it")
