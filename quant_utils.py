@@ -537,12 +537,16 @@ def tail_quantiles(x: Tensor, threshold: float, axis: int) -> tuple[Tensor, Tens
     Linear interpolation between order statistics, as torch.quantile, the rank in double precision. Two neighbouring
     order statistics at either end are all it takes: a GPU counts 16-bit numbers, else the tails are sorted.
     """
-    is_counted = x.device.type != "cpu" and x.dtype in (torch.bfloat16, torch.float16)
     rank = (1 - threshold) / 2 * (x.shape[axis] - 1)  # from either end, 0 being the extreme
     below = math.floor(rank)
-    ends = (counted_tails if is_counted else sorted_tails)(x, below, axis)
+    ends = (counted_tails if is_counted(x) else sorted_tails)(x, below, axis)
     lower, upper = (torch.lerp(near.float(), far.float(), rank - below) for near, far in ends)
     return lower, upper
+
+
+def is_counted(x: Tensor) -> bool:
+    """Whether order statistics of x are found by counting."""
+    return x.device.type != "cpu" and x.dtype in (torch.bfloat16, torch.float16)
 
 
 Tails = tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -558,27 +562,11 @@ def sorted_tails(x: Tensor, rank: int, axis: int) -> Tails:
     return ends[0], ends[1]
 
 
-@torch.library.custom_op("kvquant::transposed", mutates_args=())
-def transposed(x: Tensor) -> Tensor:
-    """[..., C, T] from x [..., T, C], each row aligned in memory. Opaque to the compiler, which would read x itself."""
-    return transposed_shape(x).copy_(x.mT)
-
-
-@transposed.register_fake
-def transposed_shape(x: Tensor) -> Tensor:
-    """What the compiler knows of it: rows begin at multiples of 16 entries."""
-    *batch, tokens, channels = x.shape
-    return x.new_empty(*batch, channels, -tokens // 16 * -16)[..., :tokens]
-
-
 def counted_tails(x: Tensor, rank: int, axis: int) -> Tails:
     """sorted_tails of 16-bit x without sorting: the compiler turns it into a single kernel.
 
     In the order of its bits a number is found bit by bit, from how many are less than each trial.
     """
-    if axis % x.ndim == x.ndim - 2:
-        low, high = counted_tails(transposed(x), rank, -1)  # a GPU counts fastest along contiguous memory
-        return (low[0].mT, low[1].mT), (high[0].mT, high[1].mT)
     size, key = x.shape[axis], ordered_key(x)
     half = 16 if size < 2**16 else 32  # both ends are counted at once, in the halves of an integer
     whole = torch.int32 if half == 16 else torch.int64
@@ -610,6 +598,33 @@ def ordered_key(x: Tensor) -> Tensor:
 def from_ordered_key(key: Tensor, dtype: torch.dtype) -> Tensor:
     """The number in dtype that ordered_key made key of."""
     return torch.where(key < 0, key ^ 0x7FFF, key).short().view(dtype)
+
+
+@torch.library.custom_op("kvquant::transposed", mutates_args=())
+def transposed(x: Tensor) -> Tensor:
+    """[..., C, T] from x [..., T, C], each row aligned in memory. Opaque to the compiler, which would read x itself."""
+    return transposed_shape(x).copy_(x.mT)
+
+
+@transposed.register_fake
+def transposed_shape(x: Tensor) -> Tensor:
+    """What the compiler knows of it: rows begin at multiples of 16 entries."""
+    *batch, tokens, channels = x.shape
+    return x.new_empty(*batch, channels, -tokens // 16 * -16)[..., :tokens]
+
+
+def inlier_bounds(x: Tensor, threshold: float, axis: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(lower, upper, lo, hi) of x [B,T,C] along axis: what is at or beyond lower or upper is an outlier, and the others
+    range from lo to hi, or (inf, -inf) if there are none.
+    """
+    if axis == PER_CHANNEL and is_counted(x):  # a GPU counts fastest along contiguous memory
+        lower, upper, lo, hi = (each.mT for each in inlier_bounds(transposed(x), threshold, PER_TOKEN))
+        return lower, upper, lo, hi
+    lower, upper = tail_quantiles(x, threshold, axis)
+    is_outlier = (x <= lower) | (x >= upper)
+    lo = x.float().masked_fill(is_outlier, math.inf).amin(axis, keepdim=True)
+    hi = x.float().masked_fill(is_outlier, -math.inf).amax(axis, keepdim=True)
+    return lower, upper, lo, hi
 
 
 def snap(x: Tensor, lo: Tensor, hi: Tensor, codebook: Codebook) -> Tensor:
@@ -672,14 +687,13 @@ def keep_and_range(x: Tensor, quantizer: Quantizer) -> tuple[Tensor, Tensor, Ten
     """
     spec, lo, hi, y = quantizer.spec, quantizer.lo, quantizer.hi, x.float()
     keep = torch.zeros_like(x, dtype=torch.bool)
-    if spec.include_sparse and quantizer.is_static:
+    if quantizer.is_static and spec.include_sparse:
         keep = (y < lo) | (y > hi)
     elif spec.include_sparse:
-        lower, upper = tail_quantiles(x, spec.sparsity_threshold, spec.axis)
+        lower, upper, lo, hi = inlier_bounds(x, spec.sparsity_threshold, spec.axis)
         keep = (y <= lower) | (y >= upper)
-    if not quantizer.is_static:
-        lo = y.masked_fill(keep, math.inf).amin(spec.axis, keepdim=True)
-        hi = y.masked_fill(keep, -math.inf).amax(spec.axis, keepdim=True)
+    elif not quantizer.is_static:
+        lo, hi = y.amin(spec.axis, keepdim=True), y.amax(spec.axis, keepdim=True)
     if spec.cap_outliers is not None:
         keep = cap_per_token(keep, ((y - lo) / (hi - lo) - 0.5).abs(), spec.cap_outliers)
     if spec.clamp:
@@ -688,20 +702,20 @@ def keep_and_range(x: Tensor, quantizer: Quantizer) -> tuple[Tensor, Tensor, Ten
 
 
 def quantize(x: Tensor, quantizer: Quantizer) -> tuple[Tensor, Tensor]:
-    """(x [B,T,C] quantized and dequantized in its own dtype, bool [B,T,C] which entries stayed exact as outliers).
+    """(x [B,T,C] quantized and dequantized in its own dtype, which entries behind the sinks stayed exact as outliers).
 
-    Arithmetic is in fp32. Sink tokens take no part: they come back as they are, and no quantile or range sees them.
+    Arithmetic is in fp32. Sink tokens take no part: they come back as they are, and no quantile or range sees them. The
+    outliers are a bool mask [B,T-sinks,C].
     """
     if x.ndim != 3:
         raise ValueError(f"quantize takes [batch, tokens, channels], got a tensor of shape {tuple(x.shape)}")
     sinks = quantizer.spec.sink_tokens
     body = x[:, sinks:]
     if body.numel() == 0:
-        return x, torch.zeros_like(x, dtype=torch.bool)
+        return x, torch.zeros_like(body, dtype=torch.bool)
     keep, lo, hi = keep_and_range(body, quantizer)
     snapped = torch.where(keep, body, snap(body.float(), lo, hi, quantizer.codebook).to(x.dtype))
-    no_outlier = torch.zeros_like(x[:, :sinks], dtype=torch.bool)
-    return torch.cat([x[:, :sinks], snapped], dim=1), torch.cat([no_outlier, keep], dim=1)
+    return torch.cat([x[:, :sinks], snapped], dim=1), keep
 
 
 def fake_quantize(x: Tensor, quantizer: Quantizer) -> Tensor:
@@ -838,12 +852,12 @@ def on_device(model: nn.Module, quantizers: Mapping[str, Quantizer]) -> dict[str
 
 
 def quantize_output(module: nn.Module, args: tuple, out: Tensor) -> Tensor:
-    """Forward hook of a site: what a quantized cache would give back. The module keeps the count of outliers, [B].
+    """Forward hook of a site: what a quantized cache would give back. The module keeps the count of outliers, if any.
 
     All that differs between sites is an attribute of the module, so that one compiled graph serves every layer.
     """
     quantized, keep = quantize(out, module.kv_quantizer)
-    module.kv_outliers = keep.sum((1, 2))
+    module.kv_outliers = keep.sum(-1).sum(-1) if module.kv_quantizer.spec.include_sparse else None  # [B]
     return quantized
 
 
@@ -851,7 +865,8 @@ def quantize_output(module: nn.Module, args: tuple, out: Tensor) -> Tensor:
 def simulate_quantization(model: nn.Module, quantizers: Mapping[str, Quantizer]) -> Iterator[dict[str, Tensor]]:
     """Inside the block model attends to the keys and values that a quantized cache would give back.
 
-    Yields a dict that is {site: [B] outliers of each sequence} after the block, of the latest forward pass in it.
+    Yields a dict that is {site: [B] outliers of each sequence} after the block, of the latest forward pass in it; without
+    the sites that keep none.
     """
     sites, outliers = {name: model.get_submodule(name) for name in quantizers}, {}
     try:
@@ -892,14 +907,14 @@ def compiled(model: nn.Module, enabled: bool = True) -> Iterator[None]:
         return
     announce("compiling with the first windows; later runs find the code in torch's cache")
     layers = decoder_layers(model)
-    # Triton's own division is approximate; the option's name differs between releases of torch
-    exact = {name: True for name in torch._inductor.list_options() if re.search("divi[a-z]*_rounding", name)}
+    # Triton's own division is approximate, and kernels chosen by timing round as they please (as far as torch knows)
+    exact = [name for name in torch._inductor.list_options() if re.search("divi[a-z]*_rounding|^deterministic$", name)]
     # without guards on hooks a layer that was compiled without them would pass them over
     options = {"skip_nnmodule_hook_guards": False, "recompile_limit": 64, "accumulated_recompile_limit": 4096}
     with torch._dynamo.config.patch(options):
         try:
             for layer in layers:
-                layer.compile(dynamic=False, options=exact)
+                layer.compile(dynamic=False, options=dict.fromkeys(exact, True))
             yield
         except torch._dynamo.exc.TorchDynamoException as error:
             reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200]}"
@@ -1111,8 +1126,8 @@ def measure_fit(x: Tensor, quantizer: Quantizer) -> Fit:
     sinks = quantizer.spec.sink_tokens
     y = x[:, sinks:].float()
     _, lo, hi = keep_and_range(x[:, sinks:], quantizer)
-    quantized, keep = (each[:, sinks:] for each in quantize(x, quantizer))
-    error = (quantized.float() - y).square().sum(dtype=torch.float64)
+    quantized, keep = quantize(x, quantizer)
+    error = (quantized[:, sinks:].float() - y).square().sum(dtype=torch.float64)
     finite = lo.isfinite() & hi.isfinite()  # a token whose entries are all kept has no range
     return Fit(
         lo=lo[finite].min().item() if finite.any() else 0.0,
@@ -2448,6 +2463,7 @@ def plot_activations(model: nn.Module, window: Tensor, setting: Setting, layer: 
         for axes, image in zip(line, images, strict=True):
             drawn = axes.imshow(image, aspect="auto", origin="lower", **style)
             axes.set_xlabel("token")
+        keep = F.pad(keep, (0, 0, quantizer.spec.sink_tokens, 0))
         line[1].scatter(*keep[0, :DRAWN_TOKENS].nonzero().T, s=3, linewidths=0, color="#D55E00")
         part = CACHE_PARTS.get(name.rpartition(".")[2], name)
         line[0].set_ylabel("channel")

@@ -105,6 +105,15 @@ def test_the_compiled_counting_is_the_eager_one(axis):
         assert all(map(torch.equal, ours, theirs))
 
 
+def test_what_counting_finds_is_quantized_like_what_sorting_finds(monkeypatch):
+    x = (torch.randn(2, 70, 24) * 3).to(torch.bfloat16)
+    each = list(quantizers(24, torch.bfloat16))
+    expected = all_quantized(x, each)
+    monkeypatch.setattr(qu, "is_counted", lambda x: True)
+    for ours, theirs in zip(all_quantized(x, each), expected, strict=True):
+        assert all(map(torch.equal, ours, theirs))
+
+
 # -- the model
 
 

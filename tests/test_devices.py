@@ -108,7 +108,8 @@ def running_out(monkeypatch, most):
 
 def test_auto_takes_what_memory_holds(monkeypatch, model, windows):
     expected = measured(model, windows, {}).measured["text"]
-    for estimate, most, sizes in ((4, 11, [1, 4, 4, 2]), (100, 5, [1, 10, 9, 8, 7, 6, 5, 5]), (2, 1, [1, 2] + [1] * 10)):
+    cases = ((4, 11, [1, 4, 4, 2]), (100, 5, [1, 10, 9, 8, 7, 6, 5, 5]), (2, 1, [1, 2] + [1] * 10))
+    for estimate, most, sizes in cases:
         tried = running_out(monkeypatch, most)
         with monkeypatch.context() as patch:
             patch.setattr(qu, "batch_size_for_memory", lambda model, estimate=estimate: estimate)
