@@ -865,8 +865,8 @@ def quantize_output(module: nn.Module, args: tuple, out: Tensor) -> Tensor:
 def simulate_quantization(model: nn.Module, quantizers: Mapping[str, Quantizer]) -> Iterator[dict[str, Tensor]]:
     """Inside the block model attends to the keys and values that a quantized cache would give back.
 
-    Yields a dict that is {site: [B] outliers of each sequence} after the block, of the latest forward pass in it; without
-    the sites that keep none.
+    Yields a dict that is {site: [B] outliers of each sequence} after the block, of the latest forward pass in it. Sites
+    that keep none are not in it.
     """
     sites, outliers = {name: model.get_submodule(name) for name in quantizers}, {}
     try:
@@ -2172,7 +2172,7 @@ def print_settings(model: nn.Module, name: str, text: EvalSpec, sweep: Mapping[i
 def run_record(script: str, args: Namespace, which: ModelSpec, texts: Mapping[str, Tensor]) -> dict:
     """What --output says of a run besides its figures: every flag's resolved value, and digests of what it read."""
     settings = {name: value for name, value in vars(args).items() if name != "model"}
-    settings |= {name: getattr(which, name) for name in ("dtype", "device", "attn_implementation")}
+    settings |= {name: getattr(which, name) for name in ("dtype", "device", "attn_implementation", "compile")}
     settings["abits"] = args.abits[0] if len(args.abits) == 1 else args.abits
     read = {dataset: sha256(windows.numpy().tobytes()).hexdigest() for dataset, windows in texts.items()}
     if getattr(args, "quantizer_path", None) is not None:
@@ -2229,7 +2229,7 @@ def write_output(output: OutputSpec, record: Mapping, run: Run, complete: bool) 
 
 NOT_DECISIVE = (
     "output", "resume", "quiet", "plot", "plot_activations", "plot_layer", "report_context", "quantizer_path",
-    "export_kvquant", "compile",
+    "export_kvquant",
 )  # fmt: skip
 
 
@@ -2721,10 +2721,10 @@ def evaluate(
     quiet_libraries(args.quiet)
     config, tokenizer = load_config_and_tokenizer(which.name)
     texts = load_texts(config, tokenizer, text)
-    record = run_record(script, args, which.resolved(config), texts)
+    how = replace(which.resolved(config), compile="on" if is_to_compile(which) else "off")
+    record = run_record(script, args, how, texts)
     known = load_unfinished(output, record)
     with one_for_all():
-        is_compiled = is_to_compile(which)
         model = load_model(which, config)
 
     settings = []
@@ -2737,7 +2737,7 @@ def evaluate(
     take_over(model, run, output, record, known)
     if output.plot_activations is not None:
         drawn_layer(run, output)  # before anything is measured
-    with compiled(model, is_compiled):
+    with compiled(model, how.compile == "on"):
         rows, failure = report(model, run, text.batch_size, output, record)
     if process_index() > 0:
         return

@@ -39,7 +39,7 @@ def test_table_on_stdout_and_the_same_figures_in_json(tmp_path):
         "sparsity_threshold": 0.99, "first_few_fp16": 1, "datasets": [str(SAMPLE)], "seqlen": 512, "limit": 4,
         "dtype": "float32", "device": "cpu", "attn_implementation": "sdpa", "batch_size": 3, "output": str(out),
         "baseline": False, "attribution": False, "resume": False, "report_context": 131072, "quiet": False,
-        "plot": None, "plot_activations": None, "plot_layer": None, "compile": "auto",
+        "plot": None, "plot_activations": None, "plot_layer": None, "compile": "off",
     }  # fmt: skip
     assert report["environment"]["device"] == "cpu" and report["environment"]["dtype"] == "float32"
     assert report["environment"]["versions"]["torch"] == torch.__version__
