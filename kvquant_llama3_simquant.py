@@ -31,7 +31,7 @@ CALIBRATION = ("fisher", "fisher_weighting", "calib_dataset", "nsamples", "seed"
 EVALUATION = (
     "baseline", "attribution", "output", "resume", "report_context", "plot", "plot_activations", "plot_layer",
 )  # fmt: skip
-EVALUATED_TEXT = ("datasets", "limit", "batch_size")
+WITHOUT_EFFECT = ("datasets", "limit", "batch_size", "compile")
 
 
 def parse_args() -> tuple[Namespace, dict]:
@@ -74,7 +74,7 @@ def calibrate(args: Namespace, given: dict) -> None:
         flag = f"--{name}" if value is True else f"--{name} {value}"
         if name in EVALUATION:
             raise qu.UserError(f"{flag} is for an evaluation: leave it out with --calibrate")
-        if name in EVALUATED_TEXT:
+        if name in WITHOUT_EFFECT:
             qu.warn(f"--{name} has no effect with --calibrate")
     sweep, which, how = qu.kv_sweep(args), qu.model_spec(args), qu.calibration_spec(args)
     if qu.UNQUANTIZED in sweep:
@@ -86,13 +86,14 @@ def calibrate(args: Namespace, given: dict) -> None:
     check_exportable(args, sweep)
     qu.check_writable([args.quantizer_path, args.export_kvquant], [how.dataset, which.name])
 
-    qu.quiet_libraries(args.quiet)
-    config, tokenizer = qu.load_config_and_tokenizer(which.name)
-    windows = qu.load_calibration_windows(config, tokenizer, how)
     with qu.one_for_all():
+        qu.quiet_libraries(args.quiet)
+        config, tokenizer = qu.load_config_and_tokenizer(which.name)
+        windows = qu.load_calibration_windows(config, tokenizer, how)
         model = qu.load_model(which, config)
 
-    fitted = qu.calibrate(model, windows, sweep, how)
+    with qu.one_of_many():
+        fitted = qu.calibrate(model, windows, sweep, how)
     if qu.process_index() > 0:
         return
     quantizers = {bits: {name: quantizer for name, (quantizer, _) in sites.items()} for bits, sites in fitted.items()}

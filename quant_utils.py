@@ -80,14 +80,20 @@ class ProcessError(UserError):
     """A UserError of one process among several, which the others do not make."""
 
 
-def process_index(local: bool = False) -> int:
-    """Which of process_count() processes this is, or which on this machine; 0, the main process, prints and writes."""
-    return int(os.environ.get("LOCAL_RANK" if local else "RANK") or 0)
-
-
 def process_count() -> int:
     """How many processes share the windows: as many as `accelerate launch` or torchrun started, else one."""
-    return int(os.environ.get("WORLD_SIZE") or 1)
+    return environment_number("WORLD_SIZE", 1)
+
+
+def process_index(local: bool = False) -> int:
+    """Which of process_count() processes this is, or which on this machine; 0, the main process, prints and writes."""
+    return environment_number("LOCAL_RANK" if local else "RANK", 0) if process_count() > 1 else 0
+
+
+def environment_number(name: str, absent: int) -> int:
+    """A number that a launcher puts into the environment; absent if there is none."""
+    text = os.environ.get(name, "")
+    return int(text) if text.isdecimal() else absent
 
 
 def gather(items: list) -> list:
@@ -102,7 +108,10 @@ def gather(items: list) -> list:
     except (ValueError, RuntimeError) as error:
         advice = "start them with `accelerate launch`, or unset WORLD_SIZE"
         raise UserError(f"{process_count()} processes do not find each other ({error}): {advice}") from error
-    return gather_object(items)
+    try:
+        return gather_object(items)
+    except RuntimeError as error:
+        raise UserError("another process has ended: it says why") from error
 
 
 @contextmanager
@@ -118,6 +127,17 @@ def one_for_all() -> Iterator[None]:
         raise failure
     if failures:
         raise UserError(failures[0])
+
+
+@contextmanager
+def one_of_many() -> Iterator[None]:
+    """Inside the block a UserError is this process's own, and says so."""
+    try:
+        yield
+    except UserError as error:
+        if process_count() == 1:
+            raise
+        raise ProcessError(f"process {process_index()} of {process_count()}: {error}") from error
 
 
 def one_line(message: str) -> str:
@@ -313,8 +333,6 @@ class ModelSpec:
     def __post_init__(self):
         if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device):
             raise UserError(f"device must be auto, cpu, cuda or cuda:N, got {self.device!r}")
-        if process_count() > 1 and ":" in self.device:
-            raise UserError(f"device {self.device} is one GPU, and there are {process_count()} processes: give cuda")
         gpus, device = torch.cuda.device_count() if torch.cuda.is_available() else 0, self.torch_device
         if device.type == "cuda" and device.index >= gpus:
             seen = f"{gpus} GPU(s), numbered from 0" if gpus else "no GPU"
@@ -910,13 +928,14 @@ def compiled(model: nn.Module, enabled: bool = True) -> Iterator[None]:
     # Triton's own division is approximate, and kernels chosen by timing round as they please (as far as torch knows)
     exact = [name for name in torch._inductor.list_options() if re.search("divi[a-z]*_rounding|^deterministic$", name)]
     # without guards on hooks a layer that was compiled without them would pass them over
-    options = {"skip_nnmodule_hook_guards": False, "recompile_limit": 64, "accumulated_recompile_limit": 4096}
+    options = {"skip_nnmodule_hook_guards": False, "fail_on_recompile_limit_hit": True}
+    options |= {"recompile_limit": 1000, "accumulated_recompile_limit": 10000}  # widths, parts and batch sizes
     with torch._dynamo.config.patch(options):
         try:
             for layer in layers:
                 layer.compile(dynamic=False, options=dict.fromkeys(exact, True))
             yield
-        except torch._dynamo.exc.TorchDynamoException as error:
+        except (torch._dynamo.exc.TorchDynamoException, torch._dynamo.exc.FailOnRecompileLimitHit) as error:
             reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200]}"
             raise UserError(f"the decoder layers do not compile ({reason}): give --compile off") from error
         finally:
@@ -1762,7 +1781,7 @@ class Run:
     widths    cache_widths of the model
     context   tokens of the cache whose size is reported
     measured  {dataset: [window][setting]}
-    seconds   {dataset: wall time of what is measured}
+    seconds   {dataset: wall time of what is measured, printing and saving included; of several processes the first's}
     """
 
     texts: Mapping[str, Tensor]
@@ -1935,17 +1954,24 @@ def measure_what_fits(
     model: nn.Module, ids: Tensor, run: Run, on_forward: Callable[[int], object]
 ) -> tuple[int, Callable[[], list[list[Window]]]]:
     """(B, measure_batch) of the first B of windows ids, all if they do not run out of memory."""
+
+    def attempt(size: int) -> tuple[int, Callable[[], list[list[Window]]]]:
+        passes: list[int] = []
+        try:
+            return size, measure_batch(model, ids[:size], run, lambda count: (passes.append(count), on_forward(count)))
+        except BaseException:
+            on_forward(-sum(passes))
+            raise
+
     try:
-        return len(ids), measure_batch(model, ids, run, on_forward)
-    except RuntimeError as error:
+        return attempt(len(ids))
+    except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
     from accelerate.utils import find_executable_batch_size
 
     try:  # outside the handler, which holds what the failed attempt had in memory
-        return find_executable_batch_size(starting_batch_size=int(0.9 * len(ids)))(
-            lambda size: (size, measure_batch(model, ids[:size], run, on_forward))
-        )()
+        return find_executable_batch_size(starting_batch_size=int(0.9 * len(ids)))(attempt)()
     except RuntimeError as error:
         if "reached zero" not in str(error):
             raise
@@ -1992,6 +2018,11 @@ def batches(
         first += count
 
 
+def batches_ahead(model: nn.Module) -> int:
+    """How many batches are started before one is read."""
+    return 1 if input_device(model).type == "cuda" else 0
+
+
 def measure(model: nn.Module, run: Run, batch_size: int | None = 1) -> Iterator[tuple[str, bool]]:
     """Fill run.measured, batch by batch; yields (dataset, whether that is all of it) after each.
 
@@ -1999,7 +2030,7 @@ def measure(model: nn.Module, run: Run, batch_size: int | None = 1) -> Iterator[
     what was started is read first. Raises UserError at the first window whose perplexity is infinite or nan.
     """
     total, done = (sum(map(len, each.values())) * len(run.settings) for each in (run.texts, run.measured))
-    ahead = 1 if input_device(model).type == "cuda" else 0
+    ahead = batches_ahead(model)
     with progress("measure", total=total, initial=done) as bar:
         for dataset in run.texts:
             started: list[tuple[int, Callable[[], list[list[Window]]]]] = []
@@ -2033,32 +2064,43 @@ def measure(model: nn.Module, run: Run, batch_size: int | None = 1) -> Iterator[
             yield dataset, True
 
 
-def share(run: Run, index: int, count: int) -> Run:
-    """What process `index` of `count` measures of what run lacks: the first goes on with run, the others begin anew."""
-    texts = {}
-    for dataset, windows in run.texts.items():
-        done = len(run.measured.get(dataset, ()))
-        each = math.ceil((len(windows) - done) / count)
-        texts[dataset] = windows[done + index * each : done + (index + 1) * each] if index else windows[: done + each]
-    return replace(run, texts=texts) if index == 0 else replace(run, texts=texts, measured={}, seconds={})
+ROUND = 64  # windows that each process measures before all exchange what they have
+
+
+ROUND = 64  # windows that each process measures before all exchange what they have
+
+
+def share(run: Run, dataset: str, index: int, count: int) -> Run:
+    """What process `index` of `count` measures next of what run lacks of dataset: shares are equal, or nearly so.
+
+    The first process goes on with run's own rows, the others begin anew; joined they are the next rows of run.
+    """
+    rows, windows = run.measured.setdefault(dataset, []), run.texts[dataset]
+    each = min(ROUND, math.ceil((len(windows) - len(rows)) / count))
+    start = len(rows) + index * each if index else 0
+    mine = windows[start : len(rows) + (index + 1) * each]
+    seconds = {dataset: run.seconds.get(dataset, 0.0)}
+    return replace(run, texts={dataset: mine}, measured={dataset: [] if index else rows}, seconds=seconds)
 
 
 def measure_together(model: nn.Module, run: Run, batch_size: int | None = 1) -> Iterator[tuple[str, bool]]:
-    """measure, by as many processes as there are: each takes its share, and at the end all have everything."""
+    """measure, by as many processes as there are, in rounds: after each, all of them have everything."""
     index, count = process_index(), process_count()
     if count == 1:
         yield from measure(model, run, batch_size)
         return
-    part = share(run, index, count)
-    try:
-        for dataset, _ in measure(model, part, batch_size):
-            yield dataset, False
-    except UserError as error:
-        raise ProcessError(f"process {index} of {count}: {error}") from error
-    parts = gather([(part.measured, part.seconds)])
-    for dataset in run.texts:
-        run.measured[dataset] = [row for measured, _ in parts for row in measured[dataset]]
-        run.seconds[dataset] = max(seconds.get(dataset, 0.0) for _, seconds in parts)
+    begun = {name: (len(run.measured.get(name, ())), windows.sum().item()) for name, windows in run.texts.items()}
+    if any(each != begun for each in gather([begun])):
+        raise UserError("the processes read different texts, or different --output files: give them the same")
+    for dataset, windows in run.texts.items():
+        while (done := len(run.measured.setdefault(dataset, []))) < len(windows):
+            part = share(run, dataset, index, count)
+            with one_of_many():
+                for _ in measure(model, part, batch_size):
+                    yield dataset, False
+            rows = gather(part.measured[dataset][0 if index else done :])
+            run.measured[dataset] = [*run.measured[dataset][:done], *rows]
+            run.seconds[dataset] = part.seconds[dataset]
         yield dataset, True
 
 
@@ -2229,7 +2271,7 @@ def write_output(output: OutputSpec, record: Mapping, run: Run, complete: bool) 
 
 NOT_DECISIVE = (
     "output", "resume", "quiet", "plot", "plot_activations", "plot_layer", "report_context", "quantizer_path",
-    "export_kvquant",
+    "export_kvquant", "device",
 )  # fmt: skip
 
 
@@ -2511,7 +2553,9 @@ class Parser(ArgumentParser):
         super().__init__(allow_abbrev=False, formatter_class=HelpFormatter, **kwargs)
 
     def error(self, message: str):
-        """Exit with status 2 after one line."""
+        """Exit with status 2 after one line, of the main process."""
+        if process_index() > 0:
+            self.exit(2)
         self.exit(2, f"{self.prog}: error: {' '.join(message.split())} (--help lists the flags)\n")
 
 
@@ -2554,8 +2598,8 @@ def dataset_list(text: str) -> list[str]:
     return [name.strip() for name in text.split(",")]
 
 
-def batch_size(text: str) -> int | str:
-    """A number of windows, or auto."""
+def number_or_auto(text: str) -> int | str:
+    """A number, or auto."""
     return text if text == "auto" else int(text)
 
 
@@ -2599,7 +2643,7 @@ def add_text_flags(parser: ArgumentParser) -> None:
          help="comma list of wikitext2, c4, or paths of .txt, .jsonl or .parquet files")  # fmt: skip
     flag("--seqlen", type=int, default=2048, metavar="N", help="tokens a window")
     flag("--limit", type=int, default=512, metavar="N", help="at most this many windows of each text")
-    flag("--batch_size", type=batch_size, default=1, metavar="N",
+    flag("--batch_size", type=number_or_auto, default=1, metavar="N",
          help="windows a forward pass; auto: as many as fit on the GPU")  # fmt: skip
 
 
@@ -2685,6 +2729,8 @@ def eval_spec(args: Namespace) -> EvalSpec:
 
 def model_spec(args: Namespace) -> ModelSpec:
     """From the model flags."""
+    if process_count() > 1 and ":" in args.device:
+        raise UserError(f"device {args.device} is one GPU, and there are {process_count()} processes: give cuda")
     return ModelSpec(args.model, args.dtype, args.device, args.attn_implementation, args.compile)
 
 
@@ -2713,18 +2759,18 @@ def evaluate(
     script: str, args: Namespace, sweep: Mapping[int, KVSpec], quantizers_of: Callable[[nn.Module, KVSpec], dict]
 ) -> None:
     """Measure, print, save and draw what the flags ask for; quantizers_of(model, specs) is {site: Quantizer}."""
-    text, which, output = eval_spec(args), model_spec(args), output_spec(args, sweep)
-    calibrated, exported = (getattr(args, name, None) for name in ("quantizer_path", "export_kvquant"))
-    inputs = [*text.datasets, calibrated, which.name]
-    check_writable([output.output, output.plot, output.plot_activations, exported], inputs)
-
-    quiet_libraries(args.quiet)
-    config, tokenizer = load_config_and_tokenizer(which.name)
-    texts = load_texts(config, tokenizer, text)
-    how = replace(which.resolved(config), compile="on" if is_to_compile(which) else "off")
-    record = run_record(script, args, how, texts)
-    known = load_unfinished(output, record)
     with one_for_all():
+        text, which, output = eval_spec(args), model_spec(args), output_spec(args, sweep)
+        calibrated, exported = (getattr(args, name, None) for name in ("quantizer_path", "export_kvquant"))
+        inputs = [*text.datasets, calibrated, which.name]
+        check_writable([output.output, output.plot, output.plot_activations, exported], inputs)
+
+        quiet_libraries(args.quiet)
+        config, tokenizer = load_config_and_tokenizer(which.name)
+        texts = load_texts(config, tokenizer, text)
+        how = replace(which.resolved(config), compile="on" if is_to_compile(which) else "off")
+        record = run_record(script, args, how, texts)
+        known = load_unfinished(output, record)
         model = load_model(which, config)
 
     settings = []
@@ -2767,13 +2813,14 @@ def exit_status(main: Callable[[], None]) -> int:
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
-        status, message = 2, "error: out of memory: lower --batch_size or --seqlen, or choose a smaller --dtype"
+        status, is_ours = 2, True
+        message = "error: out of memory: lower --batch_size or --seqlen, or choose a smaller --dtype"
     except KeyboardInterrupt as interruption:
         status, message = 143 if isinstance(interruption, Terminated) else 130, str(interruption) or "interrupted"
     except BrokenPipeError:
         status = 141
     except OSError as error:
-        status, message = 1, f"error: {error.strerror or error}"
+        status, message, is_ours = 1, f"error: {error.strerror or error}", True
     if message and is_ours:
         print(f"{Path(sys.argv[0]).name}: {one_line(message)}", file=sys.stderr)
     if status in (1, 141):

@@ -1,12 +1,11 @@
 """Where a model lies changes no figure: split over host memory and disk, in batches that fit, whatever one asks for."""
 
-import re
-import resource
+from argparse import Namespace
 
 import pytest
 import torch
 from accelerate import cpu_offload
-from conftest import DYNAMIC_SCRIPT, NANO, ROOT, SAMPLE, assert_one_line_error, measured, run_script
+from conftest import NANO, SAMPLE, measured
 from transformers import AutoModelForCausalLM
 
 import quant_utils as qu
@@ -82,8 +81,10 @@ def test_each_process_has_its_own_gpu(gpus, monkeypatch, config_and_tokenizer):
         monkeypatch.setenv(name, value)
     for device in ("auto", "cuda"):
         assert qu.placement(qu.ModelSpec("m", device=device), config_and_tokenizer[0]) == torch.device("cuda", 1)
+        assert qu.ModelSpec("m", device=device).resolved(config_and_tokenizer[0]).device == "cuda:1"
+    args = Namespace(model="m", dtype="auto", device="cuda:0", attn_implementation="auto", compile="auto")
     with pytest.raises(qu.UserError, match="cuda:0 is one GPU, and there are 2 processes"):
-        qu.ModelSpec("m", device="cuda:0")
+        qu.model_spec(args)
     monkeypatch.setenv("LOCAL_RANK", "2")
     with pytest.raises(qu.UserError, match=r"cuda:2 for process 3 .* sees 2 GPU"):
         qu.ModelSpec("m")
@@ -143,25 +144,3 @@ def test_an_error_that_is_not_about_memory_is_not_hidden(monkeypatch, model, win
     monkeypatch.setattr(qu, "measure_batch", measure_batch)
     with pytest.raises(RuntimeError, match="shapes do not match"):
         measured(model, windows, {}, batch_size=2)
-
-
-def test_a_process_that_really_runs_out_of_memory_names_a_batch_size(tmp_path):
-    """The host's memory is limited once the model is loaded; the advice is then tried."""
-    (tmp_path / "text.txt").write_text(SAMPLE.read_text() * 3)
-    (tmp_path / "quant_utils.py").symlink_to(ROOT / "quant_utils.py")
-    (tmp_path / "driver.py").write_text(
-        "import resource, runpy, sys\nimport psutil\nimport quant_utils as qu\n"
-        "whole = qu.measure_together\n"
-        "def limited(*args):\n"
-        f"    most = psutil.Process().memory_info().vms + {GIB // 4}\n"
-        "    resource.setrlimit(resource.RLIMIT_AS, (most, resource.RLIM_INFINITY))\n    return whole(*args)\n"
-        "qu.measure_together = limited\n"
-        "sys.argv[:2] = sys.argv[1:2]\nrunpy.run_path(sys.argv[0], run_name='__main__')\n"
-    )
-    flags = (NANO, "--datasets", tmp_path / "text.txt", "--seqlen", "1024", "--limit", "16", "--batch_size")
-    process = run_script(tmp_path / "driver.py", DYNAMIC_SCRIPT, *flags, "16")
-    assert_one_line_error(process, "batch_size 16 runs out of memory at seqlen 1024 on cpu", "auto finds it")
-    fits = re.search(r"--batch_size (\d+) fits", process.stderr)[1]
-    assert 1 <= int(fits) < 16
-    assert run_script(tmp_path / "driver.py", DYNAMIC_SCRIPT, *flags, int(fits) // 2).returncode == 0
-    assert resource.getrlimit(resource.RLIMIT_AS)[0] == resource.RLIM_INFINITY

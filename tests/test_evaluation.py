@@ -252,6 +252,57 @@ def test_a_sweep_gives_the_figures_of_separate_runs_bit_for_bit(model, windows):
         assert {name: alone[name] for name in same} == {name: result[name] for name in same}
 
 
+# -- what is started before it is read, as on a GPU
+
+
+@pytest.fixture
+def two_ahead(monkeypatch):
+    monkeypatch.setattr(qu, "batches_ahead", lambda model: 2)
+
+
+def test_reading_behind_gives_the_same(two_ahead, model, windows, monkeypatch):
+    behind = measured(model, windows[:5], {}, dynamic(model, 3)).measured
+    monkeypatch.undo()
+    assert behind == measured(model, windows[:5], {}, dynamic(model, 3)).measured
+
+
+def test_what_was_started_is_read_whatever_interrupts(two_ahead, model, windows, monkeypatch):
+    whole, calls = qu.measure_batch, []
+
+    def interrupted(*args):
+        calls.append(None)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return whole(*args)
+
+    monkeypatch.setattr(qu, "measure_batch", interrupted)
+    run = qu.Run({"text": windows}, [qu.Setting(16, "nothing", {})], qu.cache_widths(model))
+    with pytest.raises(KeyboardInterrupt):
+        list(qu.measure(model, run))
+    assert len(run.measured["text"]) == 3
+    monkeypatch.setattr(qu, "measure_batch", whole)
+    run.measured.clear()
+    measuring = qu.measure(model, run)
+    next(measuring)
+    measuring.close()
+    assert len(run.measured["text"]) == 3
+
+
+def test_a_bad_figure_behind_ends_the_run_and_keeps_what_came_before(two_ahead, model, windows, monkeypatch):
+    whole, calls = qu.windows_from, []
+
+    def broken(*args):
+        calls.append(None)
+        rows = whole(*args)
+        return [[qu.Window(math.nan)]] if len(calls) >= 3 else rows
+
+    monkeypatch.setattr(qu, "windows_from", broken)
+    run = qu.Run({"text": windows}, [qu.Setting(16, "nothing", {})], qu.cache_widths(model))
+    with pytest.raises(qu.UserError, match="window 3 of 11 has loss nan"):
+        list(qu.measure(model, run))
+    assert len(run.measured["text"]) == 2
+
+
 # -- storage cost
 
 

@@ -128,16 +128,35 @@ def test_a_model_that_one_process_cannot_load_ends_all_with_one_line(tmp_path):
     assert first.err == "kvquant_simquant_ppl_eval.py: error: no room here\n" and second.err == ""
 
 
-def test_an_error_in_one_process_is_said_by_it(tmp_path):
+def test_an_error_in_one_process_is_said_by_it_and_ends_the_other(tmp_path):
     body = (
         "whole = qu.measure_batch\ndef fail(*args):\n"
         "    if os.environ['RANK'] == '1': raise qu.UserError('out of luck')\n    return whole(*args)\n"
-        "qu.measure_batch = fail\n"
-        "if os.environ['RANK'] == '0': qu.gather = lambda items: items * 2"  # a launcher would end it here
+        "qu.measure_batch = fail"
     )
-    _, second = launch(2, driver(tmp_path, body), DYNAMIC_SCRIPT, *SWEEP)
-    assert second.returncode == 2
+    out = tmp_path / "out.json"
+    first, second = launch(2, driver(tmp_path, body), DYNAMIC_SCRIPT, *SWEEP, "--output", out)
+    assert (first.returncode, second.returncode) == (2, 2), first.err
     assert second.err == "kvquant_simquant_ppl_eval.py: error: process 1 of 2: out of luck\n"
+    saved, said = first.err.splitlines()
+    assert "out.json has 6 of 11 windows" in saved and said.endswith("error: another process has ended: it says why")
+    assert [row["windows"] for row in json.loads(out.read_text())["results"]] == [6, 6]
+
+
+def test_a_stray_rank_alone_means_nothing(tmp_path):
+    for stray in (
+        {"RANK": "1"},
+        {"RANK": "abc", "WORLD_SIZE": ""},
+        {"WORLD_SIZE": "1", "RANK": "0", "LOCAL_RANK": "0"},
+    ):
+        process = run_script(DYNAMIC_SCRIPT, *SWEEP, "--limit", "1", env=stray)
+        assert process.returncode == 0 and process.stdout.count("abits        ppl") == 1
+
+
+def test_a_flag_that_is_none_is_said_once():
+    first, second = launch(2, DYNAMIC_SCRIPT, NANO, "--abbits", "3")
+    assert (first.returncode, second.returncode) == (2, 2)
+    assert first.err.count("\n") == 1 and second.err == ""
 
 
 def test_processes_that_do_not_meet_are_one_line():
@@ -146,17 +165,30 @@ def test_processes_that_do_not_meet_are_one_line():
     assert "2 processes do not find each other" in process.stderr and "WORLD_SIZE" in process.stderr
 
 
-def test_the_share_of_each_process_and_what_is_measured_make_up_the_whole():
+@pytest.mark.parametrize("most", [1, 2, 64])
+def test_the_shares_of_all_processes_are_the_next_windows(most, monkeypatch):
+    monkeypatch.setattr(qu, "ROUND", most)
     windows = torch.arange(11 * 2).view(11, 2)
-    for done in (0, 1, 5, 11):
-        for count in (1, 2, 3, 4, 12):
+    for done in (0, 1, 5, 10):
+        for count in (2, 3, 4, 12):
             known = [[i] for i in range(done)]
-            run = qu.Run({"text": windows}, [], {}, measured={"text": list(known)})
-            parts = [qu.share(run, index, count) for index in range(count)]
-            assert parts[0].measured["text"] == known and not any(part.measured for part in parts[1:])
-            assert torch.equal(torch.cat([part.texts["text"] for part in parts]), windows)
+            run = qu.Run({"text": windows}, [], {}, measured={"text": known})
+            parts = [qu.share(run, "text", index, count) for index in range(count)]
+            assert parts[0].measured["text"] is known and not any(part.measured["text"] for part in parts[1:])
+            joined = torch.cat([part.texts["text"] for part in parts])
+            assert torch.equal(joined, windows[: len(joined)])
             shares = [len(part.texts["text"]) - done * (index == 0) for index, part in enumerate(parts)]
-            assert max(shares) == -(-(11 - done) // count)
+            assert shares[0] == max(shares) == min(most, -(-(11 - done) // count))
+
+
+def test_a_driver_of_many_rounds_and_two_texts(tmp_path):
+    """Rounds of 2 windows; the second text is a copy of the first, so its figures are the same."""
+    (tmp_path / "copy.txt").write_text(SAMPLE.read_text())
+    flags = (NANO, "--datasets", f"{SAMPLE},{tmp_path / 'copy.txt'}", "--seqlen", "512", "--abits", "3", "--output")
+    first, second = launch(2, driver(tmp_path, "qu.ROUND = 2"), DYNAMIC_SCRIPT, *flags, tmp_path / "out.json")
+    assert (first.returncode, second.returncode) == (0, 0), first.err + second.err
+    one, other = json.loads((tmp_path / "out.json").read_text())["results"]
+    assert len(one["window_nll"]) == 11 and one["window_nll"] == other["window_nll"]
 
 
 def test_calibration_by_several_processes_writes_one_file_like_one_process(tmp_path):
