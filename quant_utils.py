@@ -2079,8 +2079,9 @@ def share(run: Run, dataset: str, index: int, count: int) -> Run:
     each = min(ROUND, math.ceil((len(windows) - len(rows)) / count))
     start = len(rows) + index * each if index else 0
     mine = windows[start : len(rows) + (index + 1) * each]
-    seconds = {dataset: run.seconds.get(dataset, 0.0)}
-    return replace(run, texts={dataset: mine}, measured={dataset: [] if index else rows}, seconds=seconds)
+    if index == 0:  # what interrupts it finds its rows and seconds in run
+        return replace(run, texts={dataset: mine}, measured={dataset: rows})
+    return replace(run, texts={dataset: mine}, measured={dataset: []}, seconds={})
 
 
 def measure_together(model: nn.Module, run: Run, batch_size: int | None = 1) -> Iterator[tuple[str, bool]]:
@@ -2100,7 +2101,7 @@ def measure_together(model: nn.Module, run: Run, batch_size: int | None = 1) -> 
                     yield dataset, False
             rows = gather(part.measured[dataset][0 if index else done :])
             run.measured[dataset] = [*run.measured[dataset][:done], *rows]
-            run.seconds[dataset] = part.seconds[dataset]
+            run.seconds[dataset] = part.seconds.get(dataset, 0.0)
         yield dataset, True
 
 
