@@ -1,5 +1,6 @@
 """Paths, the bundled model, and a way to run a script as a user would."""
 
+import contextlib
 import functools
 import json
 import os
@@ -41,12 +42,20 @@ def run_script(script, *args, env=None, prefix=()):
     if env or prefix:
         environment = {**os.environ, **(env or {})}
         return subprocess.run(command, capture_output=True, text=True, cwd=ROOT.anchor, env=environment, timeout=300)
-    server = fork_server()
-    with tempfile.NamedTemporaryFile("r") as out, tempfile.NamedTemporaryFile("r") as err:
-        server.stdin.write(json.dumps([*command[1:], out.name, err.name]) + "\n")
+    return run_together([{}], script, *args)[0]
+
+
+def run_together(environments, script, *args):
+    """The finished processes of `python script args`, forked at once, each with an addition to the environment."""
+    command, server = [str(script), *map(str, args)], fork_server()
+    with contextlib.ExitStack() as stack:
+        files = [[stack.enter_context(tempfile.NamedTemporaryFile("r")) for _ in range(2)] for _ in environments]
+        runs = [[each, out.name, err.name] for each, (out, err) in zip(environments, files, strict=True)]
+        server.stdin.write(json.dumps([command, runs]) + "\n")
         server.stdin.flush()
-        status = int(server.stdout.readline())
-        return subprocess.CompletedProcess(command, status, out.read(), err.read())
+        statuses = json.loads(server.stdout.readline())
+        finished = zip(statuses, files, strict=True)
+        return [subprocess.CompletedProcess(command, status, out.read(), err.read()) for status, (out, err) in finished]
 
 
 def assert_one_line_error(process, *words):

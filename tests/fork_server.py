@@ -1,7 +1,8 @@
 """Runs scripts, each in a process of its own, without importing torch and transformers anew for each.
 
-Reads one JSON list a line, [script, argument, ..., stdout file, stderr file], forks, runs the script as __main__ in the
-child, and answers with the child's exit status (negative: the signal that ended it).
+Reads one JSON list a line, [[script, argument, ...], [[environment, stdout file, stderr file], ...]], forks a child for
+each environment that runs the script as __main__, all at once, and answers with the list of their exit statuses
+(negative: the signal that ended it).
 """
 
 import json
@@ -12,14 +13,16 @@ import traceback
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import accelerate  # noqa: F401
 import datasets  # noqa: F401
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM  # noqa: F401
 
 import quant_utils  # noqa: F401
 
 
-def run(script, arguments, out, err):
+def run(script, *arguments, environment, out, err):
     """Never returns: the child becomes the script, and ends with its exit status."""
+    os.environ.update(environment)
     for path, descriptor in ((os.devnull, 0), (out, 1), (err, 2)):
         os.dup2(os.open(path, os.O_RDWR | os.O_CREAT), descriptor)
     sys.argv = [script, *arguments]
@@ -37,8 +40,10 @@ def run(script, arguments, out, err):
 
 
 for line in sys.stdin:
-    script, *arguments, out, err = json.loads(line)
-    child = os.fork()
-    if child == 0:
-        run(script, arguments, out, err)
-    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+    command, runs = json.loads(line)
+    children = []
+    for environment, out, err in runs:
+        children.append(os.fork())
+        if children[-1] == 0:
+            run(*command, environment=environment, out=out, err=err)
+    print(json.dumps([os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]), flush=True)

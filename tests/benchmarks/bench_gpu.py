@@ -127,7 +127,8 @@ def whole_job(model, how):
     show(f"nuq3 with 1 % outliers on {WIKITEXT2} windows, compilation included", taken, "s", 10)
 
 
-def speed(model, windows, weights):
+def uncompiled(model, windows, weights):
+    """(milliseconds of the plain loop, calibrated settings): the loops as they stand, and calibration."""
     plain_loop(model, windows)
     peak_gib(weights)
     plain, _ = milliseconds(lambda: plain_loop(model, windows))
@@ -135,49 +136,55 @@ def speed(model, windows, weights):
     show("... memory above the weights", peak_gib(weights), "GiB")
     eager, _ = milliseconds(lambda: loop(model, windows, dynamic(model, 16)))
     show("our loop, unquantized, not compiled", eager, "ms")
-    how = qu.CalibrationSpec()
-    taken, static_nuq = calibrated(model, how, codebook="nuq")
+    taken, static_nuq = calibrated(model, qu.CalibrationSpec(), codebook="nuq")
     show("calibration on 16 windows, NUQ and outliers", taken, "s", 15)
     show("... memory above the weights", peak_gib(weights), "GiB")
     taken, _ = calibrated(model, qu.CalibrationSpec(fisher="paper"), codebook="nuq")
     show("... with Fisher information", taken, "s", 30)
     show("... memory above the weights", peak_gib(weights), "GiB")
-    _, static_uniform = calibrated(model, how, windows=4)
+    return plain, calibrated(model, qu.CalibrationSpec(), windows=4)[1], static_nuq
+
+
+def ratios(model, windows, weights, plain, static_uniform, static_nuq):
+    """What each way to quantize costs against the unquantized loop."""
+    sparse = {"include_sparse": True}
     rows = [
         ("unquantized, which shows the noise", dynamic(model, 16), None),
         ("dynamic, uniform", dynamic(model, 3), 1.015),
         ("dynamic, NormalFloat", dynamic(model, 3, codebook="nf"), 1.015),
         ("calibrated keys, uniform, 1 % outliers, first token exact", static_uniform, 1.03),
         ("calibrated keys, NUQ, 1 % outliers, first token exact", static_nuq, 1.03),
-        ("dynamic, uniform, 1 % outliers", dynamic(model, 3, include_sparse=True), 1.06),
-        ("dynamic, uniform, 1 % outliers, first token exact",
-         dynamic(model, 3, include_sparse=True, first_few_fp16=1), 1.06),
-    ]  # fmt: skip
-    with qu.compiled(model):
-        unquantized = dynamic(model, 16)
-        taken, _ = seconds(lambda: loop(model, windows, unquantized))
-        ours, _ = milliseconds(lambda: loop(model, windows, unquantized))
-        show("our loop, unquantized, compiled", ours, "ms")
-        show("... first pass over the windows", taken, "s")
-        show("... against the plain loop", ours / plain, "x", 0.88)
-        peak_gib(weights)
-        for label, each, bound in rows:
-            loop(model, windows, each)
-            taken = ratio(lambda each=each: loop(model, windows, each), lambda: loop(model, windows, unquantized))
-            show(f"{label}: against ours unquantized", taken, "x", bound)
-        show("... memory above the weights, the most of all rows", peak_gib(weights), "GiB", 2)
-        sweep = [dynamic(model, bits) for bits in (16, 4, 3, 2)]
-        loop(model, windows[:1], *sweep)
-        alone = [milliseconds(lambda each=each: loop(model, windows, each)) for each in sweep]
-        together, run = milliseconds(lambda: loop(model, windows, *sweep))
-        show("sweep of 16, 4, 3, 2 bits: against its settings alone", together / sum(ms for ms, _ in alone), "x", 1.1)
-        same = [[row[0].nll for row in one.measured["random"]] for _, one in alone] == [
-            [row[column].nll for row in run.measured["random"]] for column in range(len(sweep))
-        ]
-        print(f"losses of the sweep and of its settings alone are {'the same bits' if same else 'DIFFERENT'}")
-        peak_gib(weights)
-        loop(model, random_windows(1, 32768), rows[-1][1])
-        show("one window of 32768 tokens, dynamic, 1 %: memory above the weights", peak_gib(weights), "GiB", 12)
+        ("dynamic, uniform, 1 % outliers", dynamic(model, 3, **sparse), 1.06),
+        ("dynamic, uniform, 1 % outliers, first token exact", dynamic(model, 3, first_few_fp16=1, **sparse), 1.06),
+    ]
+    unquantized = dynamic(model, 16)
+    taken, _ = seconds(lambda: loop(model, windows, unquantized))
+    ours, _ = milliseconds(lambda: loop(model, windows, unquantized))
+    show("our loop, unquantized, compiled", ours, "ms")
+    show("... first pass over the windows", taken, "s")
+    show("... against the plain loop", ours / plain, "x", 0.88)
+    peak_gib(weights)
+    for label, each, bound in rows:
+        loop(model, windows, each)
+        taken = ratio(lambda each=each: loop(model, windows, each), lambda: loop(model, windows, unquantized))
+        show(f"{label}: against ours unquantized", taken, "x", bound)
+    show("... memory above the weights, the most of all rows", peak_gib(weights), "GiB", 2)
+
+
+def sweep_and_long_window(model, windows, weights):
+    """A sweep against its settings alone; the memory of a long window."""
+    sweep = [dynamic(model, bits) for bits in (16, 4, 3, 2)]
+    loop(model, windows[:1], *sweep)
+    alone = [milliseconds(lambda each=each: loop(model, windows, each)) for each in sweep]
+    together, run = milliseconds(lambda: loop(model, windows, *sweep))
+    show("sweep of 16, 4, 3, 2 bits: against its settings alone", together / sum(ms for ms, _ in alone), "x", 1.1)
+    same = [[row[0].nll for row in one.measured["random"]] for _, one in alone] == [
+        [row[column].nll for row in run.measured["random"]] for column in range(len(sweep))
+    ]
+    print(f"losses of the sweep and of its settings alone are {'the same bits' if same else 'DIFFERENT'}")
+    peak_gib(weights)
+    loop(model, random_windows(1, 32768), dynamic(model, 3, include_sparse=True, first_few_fp16=1))
+    show("one window of 32768 tokens, dynamic, 1 %: memory above the weights", peak_gib(weights), "GiB", 12)
 
 
 def scale(model):
@@ -212,4 +219,8 @@ if __name__ == "__main__":
     elif "--job" in sys.argv:
         whole_job(model, qu.CalibrationSpec())
     else:
-        speed(model, random_windows(WINDOWS), torch.cuda.memory_allocated())
+        windows, weights = random_windows(WINDOWS), torch.cuda.memory_allocated()
+        known = uncompiled(model, windows, weights)
+        with qu.compiled(model):
+            ratios(model, windows, weights, *known)
+            sweep_and_long_window(model, windows, weights)
