@@ -82,7 +82,7 @@ class ProcessError(UserError):
 
 def process_count() -> int:
     """How many processes share the windows: as many as `accelerate launch` or torchrun started, else one."""
-    return environment_number("WORLD_SIZE", 1)
+    return max(1, environment_number("WORLD_SIZE", 1))
 
 
 def process_index(local: bool = False) -> int:
@@ -936,7 +936,7 @@ def compiled(model: nn.Module, enabled: bool = True) -> Iterator[None]:
                 layer.compile(dynamic=False, options=dict.fromkeys(exact, True))
             yield
         except (torch._dynamo.exc.TorchDynamoException, torch._dynamo.exc.FailOnRecompileLimitHit) as error:
-            reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200]}"
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
             raise UserError(f"the decoder layers do not compile ({reason}): give --compile off") from error
         finally:
             for layer in layers:
@@ -2601,6 +2601,8 @@ def dataset_list(text: str) -> list[str]:
 
 def number_or_auto(text: str) -> int | str:
     """A number, or auto."""
+    if text != "auto" and not re.fullmatch(r"-?\d+", text):
+        raise ArgumentTypeError(f"{text!r} is neither a number nor auto")
     return text if text == "auto" else int(text)
 
 

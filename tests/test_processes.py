@@ -1,13 +1,14 @@
 """Several processes share the windows and give what one gives: real processes, joined over gloo."""
 
 import json
+import os
 import socket
 import subprocess
 import sys
 
 import pytest
 import torch
-from conftest import CALIBRATED_SCRIPT, DYNAMIC_SCRIPT, NANO, SAMPLE, run_script, run_together
+from conftest import CALIBRATED_SCRIPT, DYNAMIC_SCRIPT, NANO, ROOT, SAMPLE, run_script, run_together
 
 import quant_utils as qu
 
@@ -59,13 +60,16 @@ def test_a_process_without_windows_does_no_harm(tmp_path):
     assert [row["windows"] for row in json.loads((tmp_path / "out.json").read_text())["results"]] == [1, 1]
 
 
-def test_accelerate_launches_it(tmp_path, alone):
+def test_torchrun_launches_it(tmp_path, alone):
     out = tmp_path / "out.json"
-    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
-    command = [*launcher, "--main_process_port", "0", DYNAMIC_SCRIPT, *SWEEP, "--output", out]
-    process = subprocess.run(list(map(str, command)), capture_output=True, text=True, cwd=tmp_path, timeout=200)
+    script = driver(tmp_path, f"open({str(tmp_path)!r} + '/rank' + os.environ['RANK'], 'w').close()")
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
+    command = [*launcher, script, DYNAMIC_SCRIPT, *SWEEP, "--output", out]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    process = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=environment, timeout=100)
     assert process.returncode == 0, process.stderr
     assert process.stdout.count("abits        ppl") == 1
+    assert (tmp_path / "rank0").exists() and (tmp_path / "rank1").exists()
     assert_same_figures(json.loads(out.read_text()), alone)
 
 
