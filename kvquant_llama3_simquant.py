@@ -76,7 +76,7 @@ def calibrate(args: Namespace, given: dict) -> None:
             raise qu.UserError(f"{flag} is for an evaluation: leave it out with --calibrate")
         if name in WITHOUT_EFFECT:
             qu.warn(f"--{name} has no effect with --calibrate")
-    sweep, which, how = qu.kv_sweep(args), qu.model_spec(args), qu.calibration_spec(args)
+    sweep, how = qu.kv_sweep(args), qu.calibration_spec(args)
     if qu.UNQUANTIZED in sweep:
         raise qu.UserError("--calibrate has nothing to fit with --abits 16: leave 16 out")
     if not all(sweep.values()):
@@ -84,9 +84,10 @@ def calibrate(args: Namespace, given: dict) -> None:
     if args.quantizer_path is None:
         raise qu.UserError("--calibrate needs --quantizer_path FILE to save the quantizers to")
     check_exportable(args, sweep)
-    qu.check_writable([args.quantizer_path, args.export_kvquant], [how.dataset, which.name])
 
     with qu.one_for_all():
+        which = qu.model_spec(args)
+        qu.check_writable([args.quantizer_path, args.export_kvquant], [how.dataset, which.name])
         qu.quiet_libraries(args.quiet)
         config, tokenizer = qu.load_config_and_tokenizer(which.name)
         windows = qu.load_calibration_windows(config, tokenizer, how)

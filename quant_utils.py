@@ -2067,9 +2067,6 @@ def measure(model: nn.Module, run: Run, batch_size: int | None = 1) -> Iterator[
 ROUND = 64  # windows that each process measures before all exchange what they have
 
 
-ROUND = 64  # windows that each process measures before all exchange what they have
-
-
 def share(run: Run, dataset: str, index: int, count: int) -> Run:
     """What process `index` of `count` measures next of what run lacks of dataset: shares are equal, or nearly so.
 
@@ -2776,16 +2773,17 @@ def evaluate(
         known = load_unfinished(output, record)
         model = load_model(which, config)
 
-    settings = []
-    for bits, specs in sweep.items():
-        quantizers = quantizers_of(model, specs)
-        settings.append(Setting(bits, parts_of(quantizers), on_device(model, quantizers)))
-    if args.attribution:
-        settings[1:] = attribution_settings(settings[1])
-    run = Run(texts, settings, cache_widths(model), output.report_context)
-    take_over(model, run, output, record, known)
-    if output.plot_activations is not None:
-        drawn_layer(run, output)  # before anything is measured
+        settings = []
+        for bits, specs in sweep.items():
+            quantizers = quantizers_of(model, specs)
+            settings.append(Setting(bits, parts_of(quantizers), on_device(model, quantizers)))
+        if args.attribution:
+            settings[1:] = attribution_settings(settings[1])
+        run = Run(texts, settings, cache_widths(model), output.report_context)
+        take_over(model, run, output, record, known)
+        if output.plot_activations is not None:
+            drawn_layer(run, output)  # before anything is measured
+
     with compiled(model, how.compile == "on"):
         rows, failure = report(model, run, text.batch_size, output, record)
     if process_index() > 0:

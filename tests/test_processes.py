@@ -162,14 +162,22 @@ def test_the_shares_of_all_processes_are_the_next_windows(most, monkeypatch):
             assert shares[0] == max(shares) == min(most, -(-(11 - done) // count))
 
 
-def test_a_driver_of_many_rounds_and_two_texts(tmp_path):
-    """Rounds of 2 windows; the second text is a copy of the first, so its figures are the same."""
+def test_many_rounds_and_two_texts_give_the_windows_in_their_order(tmp_path, alone):
+    """Rounds of 2 windows; the second text is a copy of the first."""
     (tmp_path / "copy.txt").write_text(SAMPLE.read_text())
-    flags = (NANO, "--datasets", f"{SAMPLE},{tmp_path / 'copy.txt'}", "--seqlen", "512", "--abits", "3", "--output")
-    first, second = launch(2, driver(tmp_path, "qu.ROUND = 2"), DYNAMIC_SCRIPT, *flags, tmp_path / "out.json")
+    flags = (*SWEEP, "--datasets", f"{SAMPLE},{tmp_path / 'copy.txt'}", "--output", tmp_path / "out.json")
+    first, second = launch(2, driver(tmp_path, "qu.ROUND = 2"), DYNAMIC_SCRIPT, *flags)
     assert (first.returncode, second.returncode) == (0, 0), first.stderr + second.stderr
-    one, other = json.loads((tmp_path / "out.json").read_text())["results"]
-    assert len(one["window_nll"]) == 11 and one["window_nll"] == other["window_nll"]
+    report = json.loads((tmp_path / "out.json").read_text())
+    assert_same_figures({**report, "results": report["results"][:2]}, alone)
+    assert report["results"][2]["window_nll"] == report["results"][0]["window_nll"]
+
+
+def test_an_error_of_one_process_before_it_measures_ends_all_with_one_line(tmp_path):
+    body = "def fail(*args):\n    if os.environ['RANK'] == '1': raise qu.UserError('another text')\nqu.take_over = fail"
+    first, second = launch(2, driver(tmp_path, body), DYNAMIC_SCRIPT, *SWEEP)
+    assert (first.returncode, second.returncode) == (2, 2)
+    assert first.stderr == "kvquant_simquant_ppl_eval.py: error: another text\n" and second.stderr == ""
 
 
 def test_calibration_by_several_processes_writes_one_file_like_one_process(tmp_path):
