@@ -549,15 +549,16 @@ def q_norm(unit: Tensor, levels: Tensor) -> Codebook:
 # 3. The math: tensors in, tensors out, no model in sight
 
 
-def tail_quantiles(x: Tensor, threshold: float, axis: int) -> tuple[Tensor, Tensor]:
+def tail_quantiles(x: Tensor, threshold: float, axis: int, absent: int = 0) -> tuple[Tensor, Tensor]:
     """(lower, upper) fp32 quantiles (1-p)/2 and 1-(1-p)/2 of x along axis, p = threshold; axis is reduced to size 1.
 
     Linear interpolation between order statistics, as torch.quantile, the rank in double precision. Two neighbouring
-    order statistics at either end are all it takes: a GPU counts 16-bit numbers, else the tails are sorted.
+    order statistics at either end are all it takes: a GPU counts 16-bit numbers, else the tails are sorted. If x is
+    padded along axis, so many entries are `absent`: they are nan, and have no part in it.
     """
-    rank = (1 - threshold) / 2 * (x.shape[axis] - 1)  # from either end, 0 being the extreme
+    rank = (1 - threshold) / 2 * (x.shape[axis] - absent - 1)  # from either end, 0 being the extreme
     below = math.floor(rank)
-    ends = (counted_tails if is_counted(x) else sorted_tails)(x, below, axis)
+    ends = (counted_tails if is_counted(x) else sorted_tails)(x, below, axis, absent)
     lower, upper = (torch.lerp(near.float(), far.float(), rank - below) for near, far in ends)
     return lower, upper
 
@@ -570,78 +571,87 @@ def is_counted(x: Tensor) -> bool:
 Tails = tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
-def sorted_tails(x: Tensor, rank: int, axis: int) -> Tails:
-    """What stands at rank and rank + 1 along axis: ((in ascending order), (in descending order)), 0 the extreme."""
-    far = min(rank + 1, x.shape[axis] - 1)
+def sorted_tails(x: Tensor, rank: int, axis: int, absent: int = 0) -> Tails:
+    """What stands at rank and rank + 1 along axis: ((in ascending order), (in descending order)), 0 the extreme.
+
+    In the order of torch the absent ones, nan, are the largest.
+    """
+    far = min(rank + 1, x.shape[axis] - absent - 1)
     ends = []
-    for largest in (False, True):
-        tail = x.topk(far + 1, dim=axis, largest=largest).values
-        ends.append((tail.narrow(axis, rank, 1), tail.narrow(axis, far, 1)))
+    for largest, first in ((False, 0), (True, absent)):
+        tail = x.topk(first + far + 1, dim=axis, largest=largest).values
+        ends.append((tail.narrow(axis, first + rank, 1), tail.narrow(axis, first + far, 1)))
     return ends[0], ends[1]
 
 
-def counted_tails(x: Tensor, rank: int, axis: int) -> Tails:
+def counted_tails(x: Tensor, rank: int, axis: int, absent: int = 0) -> Tails:
     """sorted_tails of 16-bit x without sorting: the compiler turns it into a single kernel.
 
-    In the order of its bits a number is found bit by bit, from how many are less than each trial.
+    In the order of its bits a number is found bit by bit, from how many are as large as each trial. Both ends are
+    searched at once, in the halves of an integer, and but for the last bit by one subtraction: a half that holds 15
+    bits of a number and a guard bit above them keeps the guard if what is subtracted is no larger.
     """
-    size, key = x.shape[axis], ordered_key(x)
-    half = 16 if size < 2**16 else 32  # both ends are counted at once, in the halves of an integer
-    whole = torch.int32 if half == 16 else torch.int64
+    total, key = x.shape[axis], ordered_key(x)
+    half, whole = (16, torch.int32) if total < 2**16 else (32, torch.int64)
+    one, mask = 1 + 2**half, 2**half - 1  # in each half a 1; the lower half
+    guards = one * 2**15 - (2**32 if half == 16 else 0)  # the upper one is the sign of an int32
+    guarded = (key >> 1).to(whole) * one + guards
 
-    def count(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
-        both = ((key < low).to(whole) + ((key < high).to(whole) << half)).sum(axis, keepdim=True, dtype=whole)
-        return both & (2**half - 1), both >> half & (2**half - 1)
+    def halves(both: Tensor) -> tuple[Tensor, Tensor]:
+        return both & mask, both >> half & mask
 
-    low = high = torch.full_like(key.narrow(axis, 0, 1), -(2**15))
-    for bit in reversed(range(16)):
-        less_low, less_high = count(low + 2**bit, high + 2**bit)
-        low = torch.where(less_low <= rank, low + 2**bit, low)
-        high = torch.where(less_high <= size - 1 - rank, high + 2**bit, high)
-    less_low, less_high = count(low + 1, high)  # the next rank holds the same number again, or its neighbour
-    above = key.masked_fill(key <= low, 2**15 - 1).amin(axis, keepdim=True)
-    below = key.masked_fill(key >= high, -(2**15)).amax(axis, keepdim=True)
-    next_low = torch.where(less_low < min(rank + 2, size), above, low)
-    next_high = torch.where(less_high > max(size - rank - 2, 0), below, high)
+    def less(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+        both = (key < low).to(whole) + ((key < high).to(whole) << half)
+        return halves(both.sum(axis, keepdim=True, dtype=whole))
+
+    found = torch.zeros_like(guarded.narrow(axis, 0, 1))
+    for bit in reversed(range(15)):
+        as_large = (guarded - (found + (one << bit))) >> 15 & one
+        at_low, at_high = halves(as_large.sum(axis, keepdim=True, dtype=whole))
+        is_low, is_high = at_low >= total - rank, at_high > rank + absent
+        found = found + (is_low.to(whole) << bit) + (is_high.to(whole) << bit + half)
+    low, high = (2 * each.int() for each in halves(found))
+    less_low, less_high = less(low + 1, high + 1)  # the last bit
+    low = torch.where(less_low <= rank, low + 1, low)
+    high = torch.where(less_high <= total - absent - 1 - rank, high + 1, high)
+    less_low, less_high = less(low + 1, high)  # the next rank holds the same number again, or its neighbour
+    above = key.masked_fill(key <= low, 2**16 - 1).amin(axis, keepdim=True)
+    below = key.masked_fill(key >= high, 0).amax(axis, keepdim=True)
+    next_low = torch.where(less_low < min(rank + 2, total - absent), above, low)
+    next_high = torch.where(less_high > max(total - absent - rank - 2, 0), below, high)
     low, next_low, high, next_high = (from_ordered_key(each, x.dtype) for each in (low, next_low, high, next_high))
     return (low, next_low), (high, next_high)
 
 
 def ordered_key(x: Tensor) -> Tensor:
-    """int32 in -2**15..2**15-1, in the order of 16-bit floating-point x: negative ones have their bits turned over."""
+    """int32 in 0..2**16-1, in the order of 16-bit floating-point x: negative ones have their bits turned over."""
     bits = x.view(torch.int16).int()
-    return torch.where(bits < 0, bits ^ 0x7FFF, bits)
+    return torch.where(bits < 0, ~bits, bits + 2**15)
 
 
 def from_ordered_key(key: Tensor, dtype: torch.dtype) -> Tensor:
     """The number in dtype that ordered_key made key of."""
-    return torch.where(key < 0, key ^ 0x7FFF, key).short().view(dtype)
+    return torch.where(key < 2**15, ~key, key - 2**15).short().view(dtype)
 
 
-@torch.library.custom_op("kvquant::transposed", mutates_args=())
-def transposed(x: Tensor) -> Tensor:
-    """[..., C, T] from x [..., T, C], each row aligned in memory. Opaque to the compiler, which would read x itself."""
-    return transposed_shape(x).copy_(x.mT)
+def stored(x: Tensor) -> Tensor:
+    """x. The compiler writes it to memory, instead of computing it again, unrounded, wherever it is used."""
+    return x.as_strided(x.shape, x.stride())
 
 
-@transposed.register_fake
-def transposed_shape(x: Tensor) -> Tensor:
-    """What the compiler knows of it: rows begin at multiples of 16 entries."""
-    *batch, tokens, channels = x.shape
-    return x.new_empty(*batch, channels, -tokens // 16 * -16)[..., :tokens]
-
-
-def inlier_bounds(x: Tensor, threshold: float, axis: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def inlier_bounds(x: Tensor, threshold: float, axis: int, absent: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(lower, upper, lo, hi) of x [B,T,C] along axis: what is at or beyond lower or upper is an outlier, and the others
-    range from lo to hi, or (inf, -inf) if there are none.
+    range from lo to hi, or (inf, -inf) if there are none. For absent see tail_quantiles.
     """
-    if axis == PER_CHANNEL and is_counted(x):  # a GPU counts fastest along contiguous memory
-        lower, upper, lo, hi = (each.mT for each in inlier_bounds(transposed(x), threshold, PER_TOKEN))
+    if axis == PER_CHANNEL and is_counted(x):  # a GPU counts fastest along contiguous memory, in aligned rows
+        pad = -x.shape[1] % 16
+        rows = stored(F.pad(x.mT, (0, pad), value=math.nan).contiguous())
+        lower, upper, lo, hi = (stored(each).mT for each in inlier_bounds(rows, threshold, PER_TOKEN, pad))
         return lower, upper, lo, hi
-    lower, upper = tail_quantiles(x, threshold, axis)
-    is_outlier = (x <= lower) | (x >= upper)
-    lo = x.float().masked_fill(is_outlier, math.inf).amin(axis, keepdim=True)
-    hi = x.float().masked_fill(is_outlier, -math.inf).amax(axis, keepdim=True)
+    lower, upper = tail_quantiles(x, threshold, axis, absent)
+    is_inlier = (x > lower) & (x < upper)
+    lo = x.float().where(is_inlier, math.inf).amin(axis, keepdim=True)
+    hi = x.float().where(is_inlier, -math.inf).amax(axis, keepdim=True)
     return lower, upper, lo, hi
 
 
@@ -697,21 +707,23 @@ class Quantizer:
         return Quantizer(self.spec, self.codebook.to(device), *bounds)
 
 
-def keep_and_range(x: Tensor, quantizer: Quantizer) -> tuple[Tensor, Tensor, Tensor]:
+def keep_and_range(x: Tensor, quantizer: Quantizer, sinks: int = 0) -> tuple[Tensor, Tensor, Tensor]:
     """(keep, lo, hi) for x [B,T,C]: which entries stay exact (bool [B,T,C]), and the fp32 range, broadcasting to x.
 
     Dynamic: outliers are at or beyond the quantiles of x, and the range is that of the others ((inf, -inf) if none is).
     Calibrated: the range is given, and outliers lie strictly outside; without outliers, the codebook clips to it.
+    The first `sinks` tokens stay exact, and no range or quantile sees them.
     """
     spec, lo, hi, y = quantizer.spec, quantizer.lo, quantizer.hi, x.float()
+    body = x[:, sinks:] if spec.axis == PER_CHANNEL else x  # a token's range is its own
     keep = torch.zeros_like(x, dtype=torch.bool)
     if quantizer.is_static and spec.include_sparse:
         keep = (y < lo) | (y > hi)
     elif spec.include_sparse:
-        lower, upper, lo, hi = inlier_bounds(x, spec.sparsity_threshold, spec.axis)
+        lower, upper, lo, hi = inlier_bounds(body, spec.sparsity_threshold, spec.axis)
         keep = (y <= lower) | (y >= upper)
     elif not quantizer.is_static:
-        lo, hi = y.amin(spec.axis, keepdim=True), y.amax(spec.axis, keepdim=True)
+        lo, hi = body.float().amin(spec.axis, keepdim=True), body.float().amax(spec.axis, keepdim=True)
     if spec.cap_outliers is not None:
         keep = cap_per_token(keep, ((y - lo) / (hi - lo) - 0.5).abs(), spec.cap_outliers)
     if spec.clamp:
@@ -720,20 +732,19 @@ def keep_and_range(x: Tensor, quantizer: Quantizer) -> tuple[Tensor, Tensor, Ten
 
 
 def quantize(x: Tensor, quantizer: Quantizer) -> tuple[Tensor, Tensor]:
-    """(x [B,T,C] quantized and dequantized in its own dtype, which entries behind the sinks stayed exact as outliers).
+    """(x [B,T,C] quantized and dequantized in its own dtype, which entries stayed exact as outliers, bool [B,T,C]).
 
-    Arithmetic is in fp32. Sink tokens take no part: they come back as they are, and no quantile or range sees them. The
-    outliers are a bool mask [B,T-sinks,C].
+    Arithmetic is in fp32. Sink tokens take no part: they come back as they are, and no quantile or range sees them.
     """
     if x.ndim != 3:
         raise ValueError(f"quantize takes [batch, tokens, channels], got a tensor of shape {tuple(x.shape)}")
     sinks = quantizer.spec.sink_tokens
-    body = x[:, sinks:]
-    if body.numel() == 0:
-        return x, torch.zeros_like(body, dtype=torch.bool)
-    keep, lo, hi = keep_and_range(body, quantizer)
-    snapped = torch.where(keep, body, snap(body.float(), lo, hi, quantizer.codebook).to(x.dtype))
-    return torch.cat([x[:, :sinks], snapped], dim=1), keep
+    if x[:, sinks:].numel() == 0:
+        return x, torch.zeros_like(x, dtype=torch.bool)
+    keep, lo, hi = keep_and_range(x, quantizer, sinks)
+    is_sink = torch.arange(x.shape[1], device=x.device)[:, None] < sinks  # [T,1]
+    snapped = snap(x.float(), lo, hi, quantizer.codebook).to(x.dtype)
+    return stored(torch.where(keep | is_sink, x, snapped)), keep & ~is_sink
 
 
 def fake_quantize(x: Tensor, quantizer: Quantizer) -> Tensor:
@@ -875,7 +886,7 @@ def quantize_output(module: nn.Module, args: tuple, out: Tensor) -> Tensor:
     All that differs between sites is an attribute of the module, so that one compiled graph serves every layer.
     """
     quantized, keep = quantize(out, module.kv_quantizer)
-    module.kv_outliers = keep.sum(-1).sum(-1) if module.kv_quantizer.spec.include_sparse else None  # [B]
+    module.kv_outliers = keep.sum(-1) if module.kv_quantizer.spec.include_sparse else None  # [B,T]
     return quantized
 
 
@@ -883,7 +894,7 @@ def quantize_output(module: nn.Module, args: tuple, out: Tensor) -> Tensor:
 def simulate_quantization(model: nn.Module, quantizers: Mapping[str, Quantizer]) -> Iterator[dict[str, Tensor]]:
     """Inside the block model attends to the keys and values that a quantized cache would give back.
 
-    Yields a dict that is {site: [B] outliers of each sequence} after the block, of the latest forward pass in it. Sites
+    Yields a dict that is {site: [B,T] outliers of each token} after the block, of the latest forward pass in it. Sites
     that keep none are not in it.
     """
     sites, outliers = {name: model.get_submodule(name) for name in quantizers}, {}
@@ -1151,7 +1162,7 @@ def measure_fit(x: Tensor, quantizer: Quantizer) -> Fit:
     return Fit(
         lo=lo[finite].min().item() if finite.any() else 0.0,
         hi=hi[finite].max().item() if finite.any() else 0.0,
-        kept=keep.float().mean(dtype=torch.float64).item(),
+        kept=keep[:, sinks:].float().mean(dtype=torch.float64).item(),
         error=(error / y.square().sum(dtype=torch.float64).clamp(min=1e-30)).item(),
     )
 
@@ -1859,9 +1870,9 @@ def average_bits(
 
 
 def count_outliers(counts: Mapping[str, Tensor], run: Run, blank: Tensor) -> Tensor:
-    """[2,B] outliers of each window in all keys and in all values, from {site: [B]}; blank is [B] zeros."""
+    """[2,B] outliers of each window in all keys and in all values, from {site: [B,T]}; blank is [B,T] zeros."""
     parts = [[counts[name].to(blank.device) for name in sites if name in counts] for sites in run.widths.values()]
-    return torch.stack([torch.stack([blank, *part]).sum(0) for part in parts])
+    return torch.stack([torch.stack([blank, *part]).sum((0, -1)) for part in parts]).double()
 
 
 @torch.inference_mode()
@@ -1874,12 +1885,12 @@ def measure_batch(
     called after each forward pass. The host is free to start on the next batch before it reads these figures.
     """
     ids = ids.to(input_device(model))
-    outputs, outliers, blank = [], [], torch.zeros(len(ids), dtype=torch.float64, device=ids.device)
+    outputs, outliers = [], []
     for setting in run.settings:
         with simulate_quantization(model, setting.quantizers) as counts:
             output = model.get_decoder()(input_ids=ids, use_cache=False)
         outputs.append(type(output)(last_hidden_state=output.last_hidden_state))  # whatever else it holds may go
-        outliers.append(count_outliers(counts, run, blank))
+        outliers.append(count_outliers(counts, run, torch.zeros_like(ids)))
         on_forward(len(ids))
     means = mean_statistics(model, ids, outputs, run.is_paired)
     figures = torch.cat([torch.stack(outliers), means], dim=1).to("cpu", non_blocking=True)  # [S,2+k,B]
@@ -2503,7 +2514,6 @@ def plot_activations(model: nn.Module, window: Tensor, setting: Setting, layer: 
         for axes, image in zip(line, images, strict=True):
             drawn = axes.imshow(image, aspect="auto", origin="lower", **style)
             axes.set_xlabel("token")
-        keep = F.pad(keep, (0, 0, quantizer.spec.sink_tokens, 0))
         line[1].scatter(*keep[0, :DRAWN_TOKENS].nonzero().T, s=3, linewidths=0, color="#D55E00")
         part = CACHE_PARTS.get(name.rpartition(".")[2], name)
         line[0].set_ylabel("channel")
