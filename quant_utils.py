@@ -49,12 +49,14 @@ from argparse import (
 )
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, wait
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, fields, replace
 from datetime import timedelta
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
+from threading import Thread
 from types import NoneType
 from typing import BinaryIO
 
@@ -96,20 +98,51 @@ def environment_number(name: str, absent: int) -> int:
     return int(text) if text.isdecimal() else absent
 
 
+PATIENCE = 20  # seconds in which processes that are started together come together
+
+
+def interruptible(function: Callable[[], list], waiting: str | None = None) -> list:
+    """function() in a thread, because a signal does not reach what waits in C++. `waiting` is said if it takes long."""
+    outcome: Future[list] = Future()
+
+    def call() -> None:
+        try:
+            outcome.set_result(function())
+        except BaseException as error:
+            outcome.set_exception(error)
+
+    Thread(target=call, daemon=True).start()
+    if waiting and not wait([outcome], PATIENCE).done:
+        print(f"warning: {waiting}", file=sys.stderr)
+    return outcome.result()
+
+
+def join_others() -> None:
+    """Meet the other processes, the first time that it is called. UserError if that is in vain."""
+    from accelerate import PartialState
+
+    index, count = process_index(), process_count()
+    if index >= count:
+        raise ProcessError(f"RANK {index} with WORLD_SIZE {count}: ranks are 0 to {count - 1}")
+    if torch.distributed.is_initialized():
+        return
+    try:
+        waiting = f"process {index} waits for the other {count - 1} of WORLD_SIZE {count}"
+        interruptible(lambda: [PartialState(cpu=True, backend="gloo", timeout=timedelta(days=7))], waiting)
+    except (ValueError, RuntimeError) as error:
+        advice = "start them with `accelerate launch`, or unset WORLD_SIZE"
+        raise UserError(f"{count} processes do not find each other ({error}): {advice}") from error
+
+
 def gather(items: list) -> list:
     """The items of all processes in one list, in order of their index."""
     if process_count() == 1:
         return items
-    from accelerate import PartialState
     from accelerate.utils import gather_object
 
+    join_others()
     try:
-        PartialState(cpu=True, backend="gloo", timeout=timedelta(days=7))  # joins the others at the first call
-    except (ValueError, RuntimeError) as error:
-        advice = "start them with `accelerate launch`, or unset WORLD_SIZE"
-        raise UserError(f"{process_count()} processes do not find each other ({error}): {advice}") from error
-    try:
-        return gather_object(items)
+        return interruptible(lambda: gather_object(items))
     except RuntimeError as error:
         raise UserError("another process has ended: it says why") from error
 
@@ -117,6 +150,7 @@ def gather(items: list) -> list:
 @contextmanager
 def one_for_all() -> Iterator[None]:
     """An error inside the block of any process is raised in all of them, once all are at its end."""
+    gather([None])  # before anything that takes long
     failure = None
     try:
         yield
@@ -916,14 +950,26 @@ def decoder_layers(model: nn.Module) -> list[nn.Module]:
     return [model.get_submodule(name) for name in dict.fromkeys(found[1] for found in numbered if found)]
 
 
+class CompilationError(UserError):
+    """The decoder layers do not compile."""
+
+
 def is_to_compile(spec: ModelSpec) -> bool:
-    """Whether evaluations are compiled. auto tries the compiler on a GPU: it wants Triton and a C compiler there."""
-    if spec.compile != "auto" or spec.torch_device.type == "cpu":
-        return spec.compile == "on"
+    """Whether evaluations are compiled. The compiler is tried first, and may lack Triton, or a C compiler.
+
+    If it fails, auto, which compiles on a GPU only, warns and goes without, and on is a UserError.
+    """
+    if spec.compile == "off" or (spec.compile == "auto" and spec.torch_device.type == "cpu"):
+        return False
     try:
+        if torch._dynamo.config.disable:
+            raise RuntimeError("TORCHDYNAMO_DISABLE is set")
         torch.compile(lambda x: x + 1)(torch.zeros(2, device=spec.torch_device))
     except Exception as error:  # whatever is missing
-        warn(f"--compile auto: off, because torch.compile fails ({type(error).__name__}: {str(error)[:200]})")
+        reason = f"torch.compile fails ({type(error).__name__}: {' '.join(str(error).split())[:200]})"
+        if spec.compile == "on":
+            raise UserError(f"--compile on: {reason}: give --compile off") from error
+        warn(f"--compile auto: off, because {reason}")
         return False
     return True
 
@@ -948,7 +994,7 @@ def compiled(model: nn.Module, enabled: bool = True) -> Iterator[None]:
             yield
         except (torch._dynamo.exc.TorchDynamoException, torch._dynamo.exc.FailOnRecompileLimitHit) as error:
             reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-            raise UserError(f"the decoder layers do not compile ({reason}): give --compile off") from error
+            raise CompilationError(f"the decoder layers do not compile ({reason}): give --compile off") from error
         finally:
             for layer in layers:
                 layer._compiled_call_impl = None
@@ -1793,6 +1839,7 @@ class Run:
     context   tokens of the cache whose size is reported
     measured  {dataset: [window][setting]}
     seconds   {dataset: wall time of what is measured, printing and saving included; of several processes the first's}
+    place     if this is a process's share: how many windows of the text come before it, and are there in all
     """
 
     texts: Mapping[str, Tensor]
@@ -1801,6 +1848,7 @@ class Run:
     context: int = OutputSpec.report_context
     measured: dict[str, list[list[Window]]] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
+    place: tuple[int, int] | None = None
 
     @property
     def is_paired(self) -> bool:
@@ -1946,10 +1994,11 @@ def paired_difference(nll: Sequence[float], baseline: Sequence[float]) -> dict[s
 
 def check_finite(model: nn.Module, run: Run, dataset: str, first: int, batch: Sequence[Sequence[Window]]) -> None:
     """Raise UserError for the first figure that is none in batch, the windows of dataset from the first on."""
-    for number, row in enumerate(batch, first + 1):
+    before, total = run.place or (0, len(run.texts[dataset]))
+    for number, row in enumerate(batch, before + first + 1):
         for setting, window in zip(run.settings, row, strict=True):
             if not math.isfinite(perplexity([window.nll]) + (window.kl or 0)):
-                place = f"{dataset}, {setting}: window {number} of {len(run.texts[dataset])}"
+                place = f"{dataset}, {setting}: window {number} of {total}"
                 advice = "the model is broken" if model.dtype == torch.float32 else "try --dtype bfloat16 or float32"
                 figure = f"loss {window.nll}" if window.kl is None else f"loss {window.nll}, KL divergence {window.kl}"
                 raise UserError(f"{place} has {figure} in {dtype_name(model)}: {advice}")
@@ -2086,10 +2135,10 @@ def share(run: Run, dataset: str, index: int, count: int) -> Run:
     rows, windows = run.measured.setdefault(dataset, []), run.texts[dataset]
     each = min(ROUND, math.ceil((len(windows) - len(rows)) / count))
     start = len(rows) + index * each if index else 0
-    mine = windows[start : len(rows) + (index + 1) * each]
+    texts, place = {dataset: windows[start : len(rows) + (index + 1) * each]}, (start, len(windows))
     if index == 0:  # what interrupts it finds its rows and seconds in run
-        return replace(run, texts={dataset: mine}, measured={dataset: rows})
-    return replace(run, texts={dataset: mine}, measured={dataset: []}, seconds={})
+        return replace(run, texts=texts, measured={dataset: rows}, place=place)
+    return replace(run, texts=texts, measured={dataset: []}, seconds={}, place=place)
 
 
 def measure_together(model: nn.Module, run: Run, batch_size: int | None = 1) -> Iterator[tuple[str, bool]]:
@@ -2794,7 +2843,14 @@ def evaluate(
         if output.plot_activations is not None:
             drawn_layer(run, output)  # before anything is measured
 
-    with compiled(model, how.compile == "on"):
+    try:
+        with compiled(model, how.compile == "on"):
+            rows, failure = report(model, run, text.batch_size, output, record)
+    except CompilationError as error:
+        if which.compile == "on" or process_count() > 1 or any(run.measured.values()):
+            raise
+        warn(f"--compile auto: off, because {error}")
+        record["settings"]["compile"] = "off"
         rows, failure = report(model, run, text.batch_size, output, record)
     if process_index() > 0:
         return

@@ -58,6 +58,15 @@ def run_together(environments, script, *args):
         return [subprocess.CompletedProcess(command, status, out.read(), err.read()) for status, (out, err) in finished]
 
 
+def driver(folder, body):
+    """A script that runs another, its first argument, after body has changed quant_utils, qu."""
+    (folder / "driver.py").write_text(
+        f"import os, runpy, sys\nimport quant_utils as qu\n{body}\n"
+        "sys.argv[:2] = sys.argv[1:2]\nrunpy.run_path(sys.argv[0], run_name='__main__')\n"
+    )
+    return folder / "driver.py"
+
+
 def assert_one_line_error(process, *words):
     """Exit status 2, nothing on stdout but at most the table's header, one line on stderr that has all words."""
     assert process.returncode == 2, process.stderr

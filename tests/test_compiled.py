@@ -1,6 +1,7 @@
 """torch.compile changes speed alone: the quantizer's figures are the same bits, and every hook runs."""
 
 import itertools
+import json
 import math
 import os
 import sys
@@ -9,7 +10,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import DYNAMIC_SCRIPT, NANO, SAMPLE, assert_one_line_error, measured, run_script
+from conftest import DYNAMIC_SCRIPT, NANO, SAMPLE, assert_one_line_error, driver, measured, run_script
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -184,5 +185,32 @@ def test_without_a_c_compiler_on_is_one_line(tmp_path):
     missing = {"CXX": str(tmp_path / "none"), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path), "PATH": str(tmp_path)}
     flags = ("--datasets", SAMPLE, "--seqlen", "64", "--limit", "1", "--compile", "on")
     process = run_script(DYNAMIC_SCRIPT, NANO, *flags, env={**missing, "HOME": os.environ.get("HOME", "")})
-    assert_one_line_error(process, "do not compile", "--compile off")
+    assert_one_line_error(process, "torch.compile fails", "--compile off")
     assert sys.executable not in process.stderr
+
+
+@pytest.mark.parametrize(
+    ("environment", "word"),
+    [({"TORCHINDUCTOR_CACHE_DIR": "/proc/none"}, "/proc/none"), ({"TORCHDYNAMO_DISABLE": "1"}, "TORCHDYNAMO_DISABLE")],
+)
+def test_what_keeps_the_compiler_from_working_is_one_line(environment, word):
+    flags = ("--datasets", SAMPLE, "--seqlen", "64", "--limit", "1", "--compile", "on")
+    assert_one_line_error(run_script(DYNAMIC_SCRIPT, NANO, *flags, env=environment), "--compile on", word)
+
+
+@pytest.mark.parametrize("how", ["auto", "on"])
+def test_layers_that_do_not_compile_are_measured_without_if_auto_chose_to(tmp_path, how):
+    """The compiler works, as its trial shows, but not on these layers."""
+    body = (
+        "qu.is_to_compile = lambda spec: True\nwhole = qu.compiled\n"
+        "def fail(model, enabled=True):\n    if enabled: raise qu.CompilationError('no graph')\n"
+        "    return whole(model, False)\nqu.compiled = fail"
+    )
+    flags = ("--datasets", SAMPLE, "--seqlen", "64", "--limit", "2", "--compile", how, "--output", tmp_path / "o.json")
+    process = run_script(driver(tmp_path, body), DYNAMIC_SCRIPT, NANO, *flags)
+    if how == "on":
+        assert_one_line_error(process, "no graph")
+        return
+    assert process.returncode == 0 and process.stderr == "warning: --compile auto: off, because no graph\n"
+    report = json.loads((tmp_path / "o.json").read_text())
+    assert report["settings"]["compile"] == "off" and report["results"][0]["windows"] == 2

@@ -297,8 +297,8 @@ def test_a_bad_figure_behind_ends_the_run_and_keeps_what_came_before(two_ahead, 
         return [[qu.Window(math.nan)]] if len(calls) >= 3 else rows
 
     monkeypatch.setattr(qu, "windows_from", broken)
-    run = qu.Run({"text": windows}, [qu.Setting(16, "nothing", {})], qu.cache_widths(model))
-    with pytest.raises(qu.UserError, match="window 3 of 11 has loss nan"):
+    run = qu.Run({"text": windows}, [qu.Setting(16, "nothing", {})], qu.cache_widths(model), place=(20, 50))
+    with pytest.raises(qu.UserError, match="window 23 of 50 has loss nan"):
         list(qu.measure(model, run))
     assert len(run.measured["text"]) == 2
 

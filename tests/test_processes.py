@@ -2,13 +2,14 @@
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
 
 import pytest
 import torch
-from conftest import CALIBRATED_SCRIPT, DYNAMIC_SCRIPT, NANO, ROOT, SAMPLE, run_script, run_together
+from conftest import CALIBRATED_SCRIPT, DYNAMIC_SCRIPT, NANO, ROOT, SAMPLE, driver, run_script, run_together
 
 import quant_utils as qu
 
@@ -16,13 +17,16 @@ TEXT = ("--datasets", SAMPLE, "--seqlen", "512")
 SWEEP = (NANO, *TEXT, "--abits", "16,3", "--include_sparse")
 
 
-def launch(count, script, *args):
-    """The finished processes that `accelerate launch --num_processes count` would start, by rank."""
+def free_port():
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+        return free.getsockname()[1]
+
+
+def launch(count, script, *args):
+    """The finished processes that `accelerate launch --num_processes count` would start, by rank."""
     shared = {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "OMP_NUM_THREADS": "1"}
-    shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     return run_together([shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count)], script, *args)
 
 
@@ -92,14 +96,6 @@ def test_a_mistake_is_said_once():
     assert first.stderr.count("\n") == 1 and "first_few_fp16 600" in first.stderr and second.stderr == ""
 
 
-def driver(folder, body):
-    (folder / "driver.py").write_text(
-        f"import os, runpy, sys\nimport quant_utils as qu\n{body}\n"
-        "sys.argv[:2] = sys.argv[1:2]\nrunpy.run_path(sys.argv[0], run_name='__main__')\n"
-    )
-    return folder / "driver.py"
-
-
 def test_a_model_that_one_process_cannot_load_ends_all_with_one_line(tmp_path):
     body = (
         "whole = qu.load_model\ndef load(*args):\n"
@@ -146,6 +142,26 @@ def test_processes_that_do_not_meet_are_one_line():
     assert "2 processes do not find each other" in process.stderr and "WORLD_SIZE" in process.stderr
 
 
+def test_a_rank_beyond_the_others_is_one_line():
+    for flags in (SWEEP, (NANO, "--no_such_flag")):
+        (process,) = run_together([{"WORLD_SIZE": "2", "RANK": "2"}], DYNAMIC_SCRIPT, *flags)
+        assert process.returncode == 2
+    (process,) = run_together([{"WORLD_SIZE": "2", "RANK": "2"}], DYNAMIC_SCRIPT, *SWEEP)
+    assert process.stderr == "kvquant_simquant_ppl_eval.py: error: RANK 2 with WORLD_SIZE 2: ranks are 0 to 1\n"
+
+
+@pytest.mark.parametrize(("signum", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_a_process_that_waits_for_the_others_says_so_and_heeds_signals(tmp_path, signum, status, rank):
+    environment = {**os.environ, "WORLD_SIZE": "2", "RANK": rank, "LOCAL_RANK": rank, "PYTHONPATH": str(ROOT)}
+    environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    command = [sys.executable, driver(tmp_path, "qu.PATIENCE = 0.5"), DYNAMIC_SCRIPT, *SWEEP]
+    process = subprocess.Popen(list(map(str, command)), env=environment, stderr=subprocess.PIPE, text=True)
+    assert process.stderr.readline() == f"warning: process {rank} waits for the other 1 of WORLD_SIZE 2\n"
+    process.send_signal(signum)
+    assert process.wait(timeout=60) == status
+
+
 @pytest.mark.parametrize("most", [1, 2, 64])
 def test_the_shares_of_all_processes_are_the_next_windows(most, monkeypatch):
     monkeypatch.setattr(qu, "ROUND", most)
@@ -158,6 +174,9 @@ def test_the_shares_of_all_processes_are_the_next_windows(most, monkeypatch):
             assert parts[0].measured["text"] is known and not any(part.measured["text"] for part in parts[1:])
             joined = torch.cat([part.texts["text"] for part in parts])
             assert torch.equal(joined, windows[: len(joined)])
+            for part in parts:
+                (before, total), text = part.place, part.texts["text"]
+                assert total == 11 and torch.equal(windows[before : before + len(text)], text)
             shares = [len(part.texts["text"]) - done * (index == 0) for index, part in enumerate(parts)]
             assert shares[0] == max(shares) == min(most, -(-(11 - done) // count))
 
