@@ -189,13 +189,10 @@ def test_without_a_c_compiler_on_is_one_line(tmp_path):
     assert sys.executable not in process.stderr
 
 
-@pytest.mark.parametrize(
-    ("environment", "word"),
-    [({"TORCHINDUCTOR_CACHE_DIR": "/proc/none"}, "/proc/none"), ({"TORCHDYNAMO_DISABLE": "1"}, "TORCHDYNAMO_DISABLE")],
-)
-def test_what_keeps_the_compiler_from_working_is_one_line(environment, word):
+def test_a_compiler_that_is_switched_off_is_one_line():
     flags = ("--datasets", SAMPLE, "--seqlen", "64", "--limit", "1", "--compile", "on")
-    assert_one_line_error(run_script(DYNAMIC_SCRIPT, NANO, *flags, env=environment), "--compile on", word)
+    process = run_script(DYNAMIC_SCRIPT, NANO, *flags, env={"TORCHDYNAMO_DISABLE": "1"})
+    assert_one_line_error(process, "--compile on", "TORCHDYNAMO_DISABLE")
 
 
 @pytest.mark.parametrize("how", ["auto", "on"])
