@@ -933,8 +933,8 @@ def simulate_quantization(model: nn.Module, quantizers: Mapping[str, Quantizer])
     """
     sites, outliers = {name: model.get_submodule(name) for name in quantizers}, {}
     try:
-        for name, quantizer in on_device(model, quantizers).items():
-            sites[name].kv_quantizer = quantizer
+        for name, module in sites.items():
+            module.kv_quantizer = quantizers[name].to(device_of(module))
         with hooked((module, quantize_output) for module in sites.values()):
             yield outliers
     finally:

@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(ROOT))
 import quant_utils as qu  # noqa: E402
 
-REPEATS, WINDOWS, SEQLEN, WIKITEXT2 = 9, 8, 2048, 141
+REPEATS, WINDOWS, SEQLEN, WIKITEXT2 = 9, 16, 2048, 141
 LLAMA_3_8B = {
     "vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
     "num_attention_heads": 32, "num_key_value_heads": 8, "max_position_embeddings": 8192, "rope_theta": 500000.0,
@@ -162,7 +162,7 @@ def ratios(model, windows, weights, plain, static_uniform, static_nuq):
     for each in settings:
         loop(model, windows, each)
     turns = []  # because a GPU's clock follows its temperature
-    for _ in range(2 * REPEATS):
+    for _ in range(REPEATS):
         base, *others = (seconds(lambda each=each: loop(model, windows, each))[0] for each in (unquantized, *settings))
         turns.append([taken / base for taken in others])
     for (label, _, bound), taken in zip(rows, zip(*turns, strict=True), strict=True):
