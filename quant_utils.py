@@ -833,10 +833,10 @@ KVSpec = Mapping[str, QuantSpec]
 
 
 def projections(model: nn.Module) -> dict[str, nn.Module]:
-    """{name: module} of every module in the decoder with a 2-d weight that is no embedding, in model order."""
+    """{name: module} of every projection in the decoder, in model order: what has a 2-d weight or packs one."""
     decoder, found = set(model.get_decoder().modules()), {}
     for name, module in model.named_modules():
-        is_matrix = getattr(getattr(module, "weight", None), "ndim", 0) == 2
+        is_matrix = getattr(getattr(module, "weight", None), "ndim", 0) == 2 or hasattr(module, "out_features")
         if is_matrix and module in decoder and not isinstance(module, nn.Embedding):
             found[name] = module
     return found
@@ -847,25 +847,153 @@ def output_width(module: nn.Module) -> int:
     return getattr(module, "out_features", None) or module.weight.shape[-1]
 
 
-def find_sites(model: nn.Module, specs: Collection[str]) -> dict[str, nn.Module]:
-    """{"model.layers.0.self_attn.k_proj": Linear, ...}: every projection whose last name specs has, in model order.
+@dataclass(frozen=True)
+class Place:
+    """Where the keys or values of a layer come by last on their way to RoPE and the cache: the output of a module.
 
-    Raises UserError if a name matches nothing, or if the layer normalizes the keys after the projection (k_norm):
-    such a model caches the normalized keys, so the projection's output would be the wrong place.
+    module  its name in the attention layer
+    heads   which axis of the output holds the heads: 2 of [B,T,H,D], 1 of [B,H,T,D]; None: it is [B,T,C]
+    block   if a fused projection gives more than that: which block of C channels from its end, -1 or -2; None: all
     """
-    known: dict[str, dict[str, nn.Module]] = {}
-    for name, module in projections(model).items():
-        known.setdefault(name.rpartition(".")[2], {})[name] = module
-    if missing := [leaf for leaf in specs if leaf not in known]:
-        has = ", ".join(known) or "none"
-        raise UserError(f"{type(model).__name__} has no projection {', '.join(missing)}; it has: {has}")
-    sites = {name: module for name, module in projections(model).items() if name.rpartition(".")[2] in specs}
-    for name in sites:
-        siblings = dict(model.get_submodule(name.rpartition(".")[0]).named_children())
-        norms = [sibling for sibling in siblings if re.fullmatch(r"(q?k|key)_(layer_?)?norm", sibling)]
-        if name.endswith("k_proj") and norms:
-            raise UserError(f"{type(model).__name__} normalizes keys after k_proj ({norms[0]}): not supported yet")
+
+    module: str
+    heads: int | None = None
+    block: int | None = None
+
+    def read(self, out: Tensor, width: int) -> Tensor:
+        """[B,T,C] from the module's output."""
+        out = out.transpose(1, 2) if self.heads == 1 else out
+        out = out if self.heads is None else out.flatten(2)
+        return out if self.block is None else out.narrow(-1, out.shape[-1] + self.block * width, width)
+
+    def write(self, out: Tensor, x: Tensor) -> Tensor:
+        """The module's output with x [B,T,C] in place of what read gives."""
+        if self.block is not None:
+            start = out.shape[-1] + self.block * x.shape[-1]
+            return torch.cat([out[..., :start], x, out[..., start + x.shape[-1] :]], dim=-1)
+        x = x if self.heads is None else x.unflatten(2, (-1, out.shape[-1]))
+        return x.transpose(1, 2) if self.heads == 1 else x
+
+
+# Families, by the model_type of their config, whose keys and values are not just the outputs of k_proj and v_proj. One
+# more is one line here: check_against_cache and tests/test_families.py see whether it is right.
+FUSED = {"k_proj": Place("qkv_proj", block=-2), "v_proj": Place("qkv_proj", block=-1)}
+SITES: dict[str, dict[str, Place]] = {
+    "apertus": {"k_proj": Place("k_norm", heads=1)},
+    "cohere": {"k_proj": Place("k_norm", heads=2)},
+    "exaone4": {"k_proj": Place("k_norm", heads=1)},
+    "flex_olmo": {"k_proj": Place("k_norm")},
+    "gemma3_text": {"k_proj": Place("k_norm", heads=1)},
+    "glm4_moe": {"k_proj": Place("k_norm", heads=2)},
+    "gpt2": {leaf: replace(place, module="c_attn") for leaf, place in FUSED.items()},
+    "minimax_m2": {"k_proj": Place("k_norm")},
+    "olmo2": {"k_proj": Place("k_norm")},
+    "olmo3": {"k_proj": Place("k_norm")},
+    "olmoe": {"k_proj": Place("k_norm")},
+    "phi": {"k_proj": Place("k_layernorm", heads=1)},
+    "phi3": FUSED,
+    "qwen3": {"k_proj": Place("k_norm", heads=2)},
+    "qwen3_moe": {"k_proj": Place("k_norm", heads=2)},
+    "stablelm": {"k_proj": Place("k_layernorm", heads=1)},
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Site:
+    """A Place in one layer of a model; width is C."""
+
+    module: nn.Module
+    place: Place
+    width: int
+
+    def read(self, out: Tensor) -> Tensor:
+        """[B,T,C] from the module's output."""
+        return self.place.read(out, self.width)
+
+
+def site_at(model: nn.Module, name: str) -> Site:
+    """The site of that name: "model.layers.0.self_attn.k_proj" is the keys of layer 0, whichever module gives them."""
+    parent, _, leaf = name.rpartition(".")
+    attention, config = model.get_submodule(parent), model.get_decoder().config
+    place = SITES.get(config.model_type, {}).get(leaf, Place(leaf))
+    if not hasattr(attention, place.module):  # a norm that only some models of the family have
+        place = Place(leaf)
+    if hasattr(attention, leaf):
+        width = output_width(getattr(attention, leaf))
+    else:
+        heads = getattr(config, "num_key_value_heads", config.num_attention_heads)
+        width = heads * (getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+    return Site(attention.get_submodule(place.module), place, width)
+
+
+def all_sites(model: nn.Module) -> dict[str, Site]:
+    """{"model.layers.0.self_attn.k_proj": Site, ...}: every projection that can be quantized, in model order."""
+    table, found = SITES.get(model.get_decoder().config.model_type, {}), {}
+    for name in projections(model):
+        parent, _, leaf = name.rpartition(".")
+        parts = [part for part, place in table.items() if place.block is not None and place.module == leaf]
+        for each in parts or [leaf]:
+            found[f"{parent}.{each}"] = site_at(model, f"{parent}.{each}")
+    return found
+
+
+def find_sites(model: nn.Module, specs: Collection[str]) -> dict[str, Site]:
+    """all_sites whose last name specs has.
+
+    Raises UserError if a name matches nothing, or if the layer normalizes keys or values after the projection and
+    SITES does not have its family: the model would cache the normalized ones.
+    """
+    known, kind = all_sites(model), type(model).__name__
+    leaves = dict.fromkeys(name.rpartition(".")[2] for name in known)
+    if missing := [leaf for leaf in specs if leaf not in leaves]:
+        has = f"it has: {', '.join(leaves) or 'none'}"
+        if "kv_b_proj" in leaves:
+            has = "it expands both from a compressed latent (multi-head latent attention), which is not supported"
+        raise UserError(f"{kind} has no projection {', '.join(missing)}; {has}")
+    sites = {name: site for name, site in known.items() if name.rpartition(".")[2] in specs}
+    for name, site in sites.items():
+        parent, _, leaf = name.rpartition(".")
+        like = {"k_proj": r"(q?k|key)_(layer_?)?norm", "v_proj": r"v(alue)?_norm"}.get(leaf, "$")
+        for each, _ in model.get_submodule(parent).named_children():
+            if re.fullmatch(like, each) and each != site.place.module:
+                raise UserError(f"{kind} normalizes the output of {leaf} ({each}): this family is not supported yet")
     return sites
+
+
+def layer_of(site: str) -> int | None:
+    """The number in a site's name: 3 for model.layers.3.self_attn.k_proj; None if it has none."""
+    return next((int(word) for word in site.split(".") if word.isdigit()), None)
+
+
+@torch.inference_mode()
+def check_against_cache(model: nn.Module, sites: Mapping[str, Site]) -> None:
+    """Raise UserError unless sites give what the model's own cache holds, on a few tokens.
+
+    Values are compared as they are; keys at the first position, where RoPE turns nothing, but may scale.
+    """
+    seen: dict[str, Tensor] = {}
+
+    def watcher(name: str, site: Site) -> Hook:
+        return lambda module, args, out: seen.update({name: site.read(out)[0].clone()})
+
+    ids = torch.arange(5, 9, device=input_device(model))[None]  # padding, an embedding of zeros, tends to come before
+    with hooked((site.module, watcher(name, site)) for name, site in sites.items()):
+        layers = getattr(model.get_decoder()(input_ids=ids, use_cache=True).past_key_values, "layers", ())
+    for name in sites:
+        part, layer = CACHE_PARTS.get(name.rpartition(".")[2]), layer_of(name)
+        held = getattr(layers[layer], part, None) if part and layer is not None and layer < len(layers) else None
+        if part is None or (name in seen and not seen[name].isfinite().all()):
+            continue  # that it is broken shows when it is measured
+        if name not in seen or held is None:
+            raise UserError(f"{type(model).__name__} caches nothing at {name}: this family is not supported yet")
+        given, held = seen[name].double().cpu(), held[0].transpose(0, 1).flatten(1).double().cpu()  # [T,C] each
+        if part == "keys" and given.shape == held.shape:
+            given, held = given[0], held[0]
+            given = given * ((given * held).sum() / given.square().sum().clamp(min=1e-300))
+        close = 8 * torch.finfo(model.dtype).eps * held.abs().amax()
+        if given.shape != held.shape or not ((given - held).abs() <= close).all():
+            what = f"{type(model).__name__} caches other {part} than {name} gives"
+            raise UserError(f"{what}: this family is not supported yet")
 
 
 def dtype_name(model: nn.Module) -> str:
@@ -901,7 +1029,9 @@ def dynamic_quantizers(model: nn.Module, specs: KVSpec) -> dict[str, Quantizer]:
 def device_of(module: nn.Module) -> torch.device:
     """Where a projection or an embedding computes; accelerate may keep its weights elsewhere meanwhile."""
     at = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
-    return module.weight.device if at is None else torch.empty(0, device=at).device
+    if at is None:
+        return next(itertools.chain(module.parameters(), module.buffers())).device
+    return torch.empty(0, device=at).device
 
 
 def input_device(model: nn.Module) -> torch.device:
@@ -911,17 +1041,21 @@ def input_device(model: nn.Module) -> torch.device:
 
 def on_device(model: nn.Module, quantizers: Mapping[str, Quantizer]) -> dict[str, Quantizer]:
     """The same {site: Quantizer}, each where its projection computes."""
-    return {name: each.to(device_of(model.get_submodule(name))) for name, each in quantizers.items()}
+    return {name: each.to(device_of(site_at(model, name).module)) for name, each in quantizers.items()}
 
 
 def quantize_output(module: nn.Module, args: tuple, out: Tensor) -> Tensor:
-    """Forward hook of a site: what a quantized cache would give back. The module keeps the count of outliers, if any.
+    """Forward hook of a module: what a quantized cache would give back. The module keeps the counts of outliers.
 
-    All that differs between sites is an attribute of the module, so that one compiled graph serves every layer.
+    All that differs between layers is an attribute of the module, so that one compiled graph serves every layer.
     """
-    quantized, keep = quantize(out, module.kv_quantizer)
-    module.kv_outliers = keep.sum(-1) if module.kv_quantizer.spec.include_sparse else None  # [B,T]
-    return quantized
+    counts = []
+    for site, quantizer in module.kv_quantizers:
+        quantized, keep = quantize(site.read(out), quantizer)
+        counts.append(keep.sum(-1) if quantizer.spec.include_sparse else None)  # [B,T]
+        out = site.place.write(out, quantized)
+    module.kv_outliers = counts
+    return out
 
 
 @contextmanager
@@ -931,17 +1065,21 @@ def simulate_quantization(model: nn.Module, quantizers: Mapping[str, Quantizer])
     Yields a dict that is {site: [B,T] outliers of each token} after the block, of the latest forward pass in it. Sites
     that keep none are not in it.
     """
-    sites, outliers = {name: model.get_submodule(name) for name in quantizers}, {}
+    names: dict[nn.Module, list[str]] = {}
+    outliers: dict[str, Tensor] = {}
     try:
-        for name, module in sites.items():
-            module.kv_quantizer = quantizers[name].to(device_of(module))
-        with hooked((module, quantize_output) for module in sites.values()):
+        for name, quantizer in quantizers.items():
+            site = site_at(model, name)
+            names.setdefault(site.module, []).append(name)
+            pair = site, quantizer.to(device_of(site.module))
+            site.module.kv_quantizers = (*getattr(site.module, "kv_quantizers", ()), pair)
+        with hooked((module, quantize_output) for module in names):
             yield outliers
     finally:
-        for name, module in sites.items():
-            vars(module).pop("kv_quantizer", None)
-            if (count := vars(module).pop("kv_outliers", None)) is not None:
-                outliers[name] = count
+        for module, sites in names.items():
+            vars(module).pop("kv_quantizers", None)
+            counts = zip(sites, vars(module).pop("kv_outliers", ()), strict=False)
+            outliers.update({name: count for name, count in counts if count is not None})
 
 
 def decoder_layers(model: nn.Module) -> list[nn.Module]:
@@ -1014,22 +1152,24 @@ class Fit:
     error: float  # sum of squared errors / sum of squares, sinks not counted
 
 
-def record_activations(model: nn.Module, sites: Mapping[str, nn.Module], windows: Tensor) -> dict[str, Tensor]:
+def record_activations(model: nn.Module, sites: Mapping[str, Site], windows: Tensor) -> dict[str, Tensor]:
     """{site: [N,T,C]}: every site's output over windows [N,T], in host memory and the model's dtype."""
     count, seqlen = windows.shape
-    need, free = windows.numel() * sum(map(output_width, sites.values())) * model.dtype.itemsize, free_memory("cpu")
+    width = sum(site.width for site in sites.values())
+    need, free = windows.numel() * width * model.dtype.itemsize, free_memory("cpu")
     if need > free:
         advice = f"{free / 2**30:.1f} GiB are free: lower nsamples (now {count}) or seqlen (now {seqlen})"
         raise UserError(f"calibration activations take {need / 2**30:.1f} GiB of host memory, but {advice}")
     blank = torch.tensor(math.nan, dtype=model.dtype)  # of what never runs, which calibrate finds
-    seen = {name: blank.repeat(count, seqlen, output_width(module)) for name, module in sites.items()}
+    seen = {name: blank.repeat(count, seqlen, site.width) for name, site in sites.items()}
 
-    def record(module: nn.Module, args: tuple, out: Tensor, row: Tensor) -> None:
-        row.copy_(out[0])
+    def record(module: nn.Module, args: tuple, out: Tensor, site: Site, row: Tensor) -> None:
+        row.copy_(site.read(out)[0])
 
     with torch.inference_mode():
         for window in progress("activations", range(count)):
-            with hooked((module, partial(record, row=seen[name][window])) for name, module in sites.items()):
+            hooks = ((site.module, partial(record, site=site, row=seen[name][window])) for name, site in sites.items())
+            with hooked(hooks):
                 model.get_decoder()(input_ids=windows[window : window + 1].to(input_device(model)), use_cache=False)
     return seen
 
@@ -1090,15 +1230,17 @@ def fisher_histograms(
     Only the sites' outputs require gradients, no parameter does: the first site starts the graph. Processes share the
     windows, and each has all histograms in the end.
     """
-    sites = {name: model.get_submodule(name) for name in quantizers}
+    sites = {name: site_at(model, name) for name in quantizers}
     local = on_device(model, quantizers)
     totals = dict.fromkeys(quantizers, 0)
 
-    def watcher(name: str) -> Hook:
+    def watcher(name: str, site: Site) -> Hook:
         def on_output(module: nn.Module, args: tuple, out: Tensor) -> Tensor:
             def on_gradient(grad: Tensor) -> None:
-                mean_grad = grad.float() / (grad.shape[1] - 1)  # the loss below is a sum, which fp16 does not underflow
-                totals[name] = totals[name] + nuq_histogram(seen, local[name], mean_grad, weighting)
+                mean = site.read(grad).float() / (
+                    windows.shape[1] - 1
+                )  # the loss is a sum, which fp16 does not underflow
+                totals[name] = totals[name] + nuq_histogram(site.read(seen), local[name], mean, weighting)
 
             seen = out.detach()
             out = out if out.requires_grad else seen.requires_grad_()
@@ -1107,7 +1249,7 @@ def fisher_histograms(
 
         return on_output
 
-    watched = [(module, watcher(name)) for name, module in sites.items()]
+    watched = [(site.module, watcher(name, site)) for name, site in sites.items()]
     with torch.enable_grad(), checkpointing_if_short(model, windows.shape[1]), hooked(watched):
         for ids in progress("Fisher information", windows[process_index() :: process_count()]):
             ids = ids.to(input_device(model))
@@ -1115,7 +1257,7 @@ def fisher_histograms(
             F.cross_entropy(logits.float(), ids[1:].to(logits.device), reduction="sum").backward()
     if process_count() > 1:
         parts = gather([{name: torch.as_tensor(total).cpu() for name, total in totals.items()}])
-        totals = {name: sum(part[name] for part in parts).to(device_of(sites[name])) for name in totals}
+        totals = {name: sum(part[name] for part in parts).to(device_of(sites[name].module)) for name in totals}
     for name, total in totals.items():
         if not total.isfinite().all():
             raise UserError(f"gradients at {name} overflow in {dtype_name(model)}: try --dtype bfloat16 or float32")
@@ -1161,10 +1303,11 @@ def calibrate(
     """
     specs = next(iter(sweep.values()))
     sites = find_sites(model, specs)
+    check_against_cache(model, sites)
     seen = record_activations(model, sites, windows)
 
     def activations(name: str) -> Tensor:
-        x = seen[name].to(device_of(sites[name]))
+        x = seen[name].to(device_of(sites[name].module))
         if not x.isfinite().all():
             raise UserError(f"{name} overflows in {dtype_name(model)}, or never ran: try --dtype bfloat16 or float32")
         return x
@@ -1293,7 +1436,7 @@ def versions() -> dict[str, str]:
 def provenance(model: nn.Module, name: str, settings: Mapping, seqlen: int) -> dict:
     """What a quantizer file says of its making: the model and its shape, the flags, the versions."""
     sites = find_sites(model, dict.fromkeys(settings["perchannel"] + settings["pertoken"]))
-    channels = {site: output_width(module) for site, module in sites.items()}
+    channels = {name: site.width for name, site in sites.items()}
     shape = {"name": name, "type": model.config.model_type, "channels": channels}
     return {"model": shape, "settings": dict(settings), "calibration": {"seqlen": seqlen}, "versions": versions()}
 
@@ -1477,7 +1620,7 @@ def stored_quantizers(path: str, data: Mapping, model: nn.Module, specs: KVSpec)
     """
     sites = find_sites(model, specs)
     stored = {name: parts for name, parts in data["quantizers"].items() if name.rpartition(".")[2] in specs}
-    widths = {name: output_width(module) for name, module in sites.items()}
+    widths = {name: site.width for name, site in sites.items()}
     for name in [*sites, *stored]:
         here = widths.get(name, "none")
         there = (data["model"]["channels"][name] or here) if name in stored else "no"
@@ -1777,9 +1920,9 @@ def check_windows(config, windows: Tensor) -> None:
 def cache_widths(model: nn.Module) -> dict[str, dict[str, int]]:
     """{"keys": {site: C, ...}, "values": {...}}: all that model caches, quantized or not, in model order."""
     widths: dict[str, dict[str, int]] = {part: {} for part in CACHE_PARTS.values()}
-    for name, module in projections(model).items():
+    for name, site in all_sites(model).items():
         if part := CACHE_PARTS.get(name.rpartition(".")[2]):
-            widths[part][name] = output_width(module)
+            widths[part][name] = site.width
     return widths
 
 
@@ -1799,11 +1942,6 @@ def parts_of(sites: Iterable[str]) -> str:
     """Such as "keys and values": what the projections at sites are to the cache."""
     leaves = dict.fromkeys(name.rpartition(".")[2] for name in sites)
     return " and ".join(CACHE_PARTS.get(leaf, leaf) for leaf in leaves) or "nothing"
-
-
-def layer_of(site: str) -> int | None:
-    """The number in a site's name: 3 for model.layers.3.self_attn.k_proj; None if it has none."""
-    return next((int(word) for word in site.split(".") if word.isdigit()), None)
 
 
 def attribution_settings(whole: Setting) -> list[Setting]:
@@ -2552,7 +2690,7 @@ def plot_activations(model: nn.Module, window: Tensor, setting: Setting, layer: 
     from matplotlib.figure import Figure
 
     quantizers = {name: quantizer for name, quantizer in setting.quantizers.items() if layer_of(name) == layer}
-    before = record_activations(model, {name: model.get_submodule(name) for name in quantizers}, window[None])
+    before = record_activations(model, {name: site_at(model, name) for name in quantizers}, window[None])
     figure = Figure(figsize=(8, 3.6 * len(quantizers)), layout="constrained")
     panels = figure.subplots(len(quantizers), 2, squeeze=False, sharex=True, sharey="row")
     for (name, quantizer), line in zip(quantizers.items(), panels, strict=True):
@@ -2831,6 +2969,8 @@ def evaluate(
         record = run_record(script, args, how, texts)
         known = load_unfinished(output, record)
         model = load_model(which, config)
+        if quantized := next(filter(None, sweep.values()), None):
+            check_against_cache(model, find_sites(model, quantized))
 
         settings = []
         for bits, specs in sweep.items():

@@ -226,7 +226,7 @@ def test_activations_are_the_outputs_of_the_projections(model, calibration_windo
     with torch.inference_mode():
         model(calibration_windows)
         handle.remove()
-        seen = qu.record_activations(model, {name: projection}, calibration_windows)
+        seen = qu.record_activations(model, {name: qu.site_at(model, name)}, calibration_windows)
         torch.testing.assert_close(seen[name], inputs[0] @ projection.weight.T, rtol=1e-4, atol=1e-4)
 
 

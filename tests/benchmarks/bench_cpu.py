@@ -55,7 +55,7 @@ def kmeans_table(model, config_and_tokenizer):
     windows = qu.load_calibration_windows(*config_and_tokenizer, how)
     for leaf, axis in (("k_proj", qu.PER_CHANNEL), ("v_proj", qu.PER_TOKEN)):
         name, spec = f"model.layers.3.self_attn.{leaf}", qu.QuantSpec(axis, 4, "nuq", include_sparse=True)
-        x = qu.record_activations(model, {name: model.get_submodule(name)}, windows)[name]
+        x = qu.record_activations(model, {name: qu.site_at(model, name)}, windows)[name]
         unit, inlier, _ = qu.inliers(x, qu.fit_range(x, spec))
         unit = unit[inlier]
         compare_kmeans(f"layer 3 {leaf}, {len(unit):,} points, 16 levels", unit, torch.ones_like(unit), 4)
