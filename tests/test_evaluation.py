@@ -17,6 +17,8 @@ from transformers import (
     Gemma3ForConditionalGeneration,
     GPT2Config,
     GPT2LMHeadModel,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
     GraniteConfig,
     GraniteForCausalLM,
     LlamaConfig,
@@ -370,8 +372,9 @@ def test_what_is_not_quantized_is_stored_in_16_bits(model, windows):
 
 
 def test_a_model_without_separate_keys_and_values_has_no_storage_figures():
-    gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=32, n_positions=16, n_embd=16, n_layer=1, n_head=2)).eval()
-    (result,) = qu.results(measured(gpt2, torch.randint(32, (2, 16)), {}), "text")
+    shape = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    fused = GPTNeoXForCausalLM(GPTNeoXConfig(vocab_size=32, **shape)).eval()
+    (result,) = qu.results(measured(fused, torch.randint(32, (2, 16)), {}), "text")
     assert result["avg_bits"] is result["key_bits"] is result["cache_gib"] is None
 
 
