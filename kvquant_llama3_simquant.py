@@ -90,7 +90,13 @@ def calibrate(args: Namespace, given: dict) -> None:
         qu.check_writable([args.quantizer_path, args.export_kvquant], [how.dataset, which.name])
         qu.quiet_libraries(args.quiet)
         config, tokenizer = qu.load_config_and_tokenizer(which.name)
+        if args.list_sites:
+            qu.print_sites(qu.skeleton(config), sweep)
+            return
         windows = qu.load_calibration_windows(config, tokenizer, how)
+        if args.dry_run:
+            qu.print_calibration_plan(config, which.resolved(config), how, windows, sweep)
+            return
         model = qu.load_model(which, config)
 
     with qu.one_of_many():

@@ -33,6 +33,7 @@ import os
 import pickle
 import random
 import re
+import shutil
 import signal
 import statistics
 import sys
@@ -172,6 +173,12 @@ def one_of_many() -> Iterator[None]:
         if process_count() == 1:
             raise
         raise ProcessError(f"process {process_index()} of {process_count()}: {error}") from error
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a device or the host had no more memory to give."""
+    lacks = re.search("(out of|allocate|not enough) memory", str(error))
+    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and lacks is not None)
 
 
 def one_line(message: str) -> str:
@@ -351,7 +358,7 @@ class CalibrationSpec:
 class ModelSpec:
     """Which model, how it is loaded and run.
 
-    dtype                auto: the checkpoint's own on a GPU, float32 on a CPU
+    dtype                auto: the checkpoint's own on a GPU or if its weights are quantized, else float32
     device               auto: the first GPU if there is one, all of them if the model is larger (load_model sees), else
                          the CPU; of several processes each has its own GPU
     attn_implementation  auto: flash_attention_2 if installed and in half precision on a GPU, else sdpa
@@ -393,7 +400,8 @@ class ModelSpec:
         device, dtype, attention = self.torch_device, self.dtype, self.attn_implementation
         if dtype == "auto":
             own = str(config.dtype).removeprefix("torch.") if config.dtype else "auto"
-            dtype = "float32" if device.type == "cpu" else own
+            is_packed = getattr(config, "quantization_config", None) is not None
+            dtype = "float32" if device.type == "cpu" and not is_packed else own
         if attention == "auto":
             half = device.type == "cuda" and dtype in ("float16", "bfloat16")
             flash = half and importlib.util.find_spec("flash_attn") is not None
@@ -978,7 +986,14 @@ def check_against_cache(model: nn.Module, sites: Mapping[str, Site]) -> None:
 
     ids = torch.arange(5, 9, device=input_device(model))[None]  # padding, an embedding of zeros, tends to come before
     with hooked((site.module, watcher(name, site)) for name, site in sites.items()):
-        layers = getattr(model.get_decoder()(input_ids=ids, use_cache=True).past_key_values, "layers", ())
+        try:
+            output = model.get_decoder()(input_ids=ids, use_cache=True)
+        except RuntimeError as error:
+            if is_out_of_memory(error):
+                raise
+            how, reason = f"{dtype_name(model)} on {model.device}", one_line(str(error))[:200]
+            raise UserError(f"{type(model).__name__} does not run in {how}: {reason}; try another --dtype") from error
+    layers = getattr(output.past_key_values, "layers", ())
     for name in sites:
         part, layer = CACHE_PARTS.get(name.rpartition(".")[2]), layer_of(name)
         held = getattr(layers[layer], part, None) if part and layer is not None and layer < len(layers) else None
@@ -1687,6 +1702,8 @@ def one_line_errors(what: str, instead: str) -> Iterator[None]:
         elif caused_by(OfflineModeIsEnabled, LocalEntryNotFoundError, ConnectionError, TimeoutError):
             cure = "unset HF_HUB_OFFLINE" if HF_HUB_OFFLINE else "check the network"
             advice = f"the hub cannot be reached and no copy is cached: {cure}, or give {instead}"
+        elif caused_by(ImportError):
+            advice = f"it needs a library that is not installed: {' '.join(str(error).split())[:200]}"
         elif caused_by(RepositoryNotFoundError):
             advice = (
                 "no such repository on the hub: check the spelling, or log in with `hf auth login` if it is private"
@@ -1714,13 +1731,35 @@ def load_config_and_tokenizer(name: str):
     return config, tokenizer
 
 
-def parameter_bytes(config, dtype: str) -> int:
-    """What the weights of a model of this config take in dtype, from its shapes alone."""
+def skeleton(config, dtype: str = "auto") -> nn.Module:
+    """A model of this config whose weights have shapes, but no values and no memory."""
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=None if dtype == "auto" else dtype)
-    return sum(parameter.nbytes for parameter in model.parameters())
+    return model.eval().requires_grad_(False)
+
+
+def multiplied(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The weights of the decoder that tokens are multiplied with: projections [out,in] and experts [experts,out,in]."""
+    decoder, table = model.get_decoder(), model.get_input_embeddings().weight
+    return {name: each for name, each in decoder.named_parameters() if each.ndim > 1 and each is not table}
+
+
+def parameter_bytes(config, dtype: str) -> int:
+    """What the weights of a model of this config take in dtype, or as they are quantized, from its shapes alone."""
+    model, how = skeleton(config, dtype), weight_quantization(config)
+    known = {"load_in_4bit": 4, "load_in_8bit": 8}
+    bits = next((width for flag, width in known.items() if how.get(flag)), how.get("bits"))
+    bits = 8 if bits is None and how.get("quant_method") == "fp8" else bits
+    packed = sum(each.numel() * (each.itemsize - bits / 8) for each in multiplied(model).values()) if bits else 0
+    return sum(parameter.nbytes for parameter in model.parameters()) - int(packed)
+
+
+def weight_quantization(config) -> dict:
+    """How the weights are quantized on disk, as the config says it; {} if they are not."""
+    how = getattr(config, "quantization_config", None) or {}
+    return how if isinstance(how, dict) else how.to_dict()
 
 
 WORKSPACE = 2**31  # bytes that an evaluation takes besides the weights, at the least
@@ -2139,13 +2178,24 @@ def check_finite(model: nn.Module, run: Run, dataset: str, first: int, batch: Se
                 place = f"{dataset}, {setting}: window {number} of {total}"
                 advice = "the model is broken" if model.dtype == torch.float32 else "try --dtype bfloat16 or float32"
                 figure = f"loss {window.nll}" if window.kl is None else f"loss {window.nll}, KL divergence {window.kl}"
-                raise UserError(f"{place} has {figure} in {dtype_name(model)}: {advice}")
+                source = first_overflow(model, run.texts[dataset][number - before - 1], setting)
+                where = f", {source} overflows first" if source else ""
+                raise UserError(f"{place} has {figure} in {dtype_name(model)}{where}: {advice}")
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether a device or the host had no more memory to give."""
-    lacks = re.search("(out of|allocate|not enough) memory", str(error))
-    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and lacks is not None)
+@torch.inference_mode()
+def first_overflow(model: nn.Module, ids: Tensor, setting: Setting) -> str | None:
+    """Such as model.layers.3.mlp.down_proj: the first projection whose output is not finite for window ids [T]."""
+    found: list[str] = []
+
+    def look(module: nn.Module, args: tuple, out: Tensor, name: str) -> None:
+        if not found and not out.isfinite().all():
+            found.append(name)
+
+    watched = [(module, partial(look, name=name)) for name, module in projections(model).items()]
+    with torch.compiler.set_stance("force_eager"), simulate_quantization(model, setting.quantizers), hooked(watched):
+        model.get_decoder()(input_ids=ids[None].to(input_device(model)), use_cache=False)
+    return found[0] if found else None
 
 
 def measure_what_fits(
@@ -2197,17 +2247,20 @@ def batches(
 ) -> Iterator[tuple[int, Callable[[], list[list[Window]]]]]:
     """(place of the first window, measure_batch) for batch after batch of what run lacks of dataset.
 
-    Without a batch_size the first window shows how many fit; UserError for a batch_size that does not.
+    Without a batch_size the first window shows how many fit; UserError for a batch_size that does not. If memory runs
+    out later, where batches fitted before, the windows are tried again in smaller ones.
     """
     reset_peak_memory()
     windows, first, size = run.texts[dataset], len(run.measured[dataset]), batch_size or 1
-    is_probe = batch_size is None
+    is_probe, begin = batch_size is None, first
     while first < len(windows):
         ids = windows[first : first + size]
         count, read = measure_what_fits(model, ids, run, on_forward)
         if is_probe:
             size, is_probe = batch_size_for_memory(model), False
-        elif count < len(ids) and batch_size is None:
+        elif count < len(ids) and (batch_size is None or first > begin):
+            if batch_size is not None:
+                warn(f"{dataset}, window {first + 1}: out of memory, which sufficed before; going on by {count}")
             size = count
         elif count < len(ids):
             took = f"batch_size {size} runs out of memory at seqlen {ids.shape[1]} on {devices_of(model)}"
@@ -2370,19 +2423,25 @@ TITLES = {
 }  # fmt: skip
 
 
-def table(run: Run, rows: Iterable[Mapping], columns: Mapping[str, str]) -> list[str]:
-    """The header and a line for every row; columns are {figure: format}. The first columns say which row it is."""
+def table(run: Run, rows: Sequence[Mapping], columns: Mapping[str, str]) -> list[str]:
+    """The header and a line for every row; columns are {figure: format}. The first columns say which row it is.
+
+    A terminal that is too narrow gets several tables of fewer columns, one below the other.
+    """
     labels = {"dataset": max(map(len, ("dataset", *run.texts)))}
     if len({setting.quantized for setting in run.settings if setting.quantizers}) > 1:
         labels["quantized"] = max(len(setting.quantized) for setting in run.settings)
-    columns = {"abits": ""} | columns
 
     def line(texts: Mapping[str, str], figures: Iterable[str]) -> str:
         return " ".join([*(texts[name].ljust(labels[name]) for name in labels), *(f"{each:>10}" for each in figures)])
 
-    lines = [line({name: name for name in labels}, (TITLES.get(name, name) for name in columns))]
-    for row in rows:
-        lines.append(line(row, ("-" if row[name] is None else format(row[name], columns[name]) for name in columns)))
+    lines, width = [], shutil.get_terminal_size().columns if sys.stdout.isatty() else 2**16
+    fit = max(1, (width - sum(labels.values()) - len(labels) - 10) // 11)
+    for first in range(0, len(columns), fit):
+        shown = {"abits": ""} | dict(list(columns.items())[first : first + fit])
+        lines.append(line({name: name for name in labels}, (TITLES.get(name, name) for name in shown)))
+        for row in rows:
+            lines.append(line(row, ("-" if row[name] is None else format(row[name], shown[name]) for name in shown)))
     return lines
 
 
@@ -2396,20 +2455,121 @@ def print_comparison(run: Run, rows: Sequence[Mapping]) -> None:
         print("", title, *table(run, rows, STORAGE), sep="\n")
 
 
-def print_settings(model: nn.Module, name: str, text: EvalSpec, sweep: Mapping[int, KVSpec]) -> None:
+def print_settings(model: nn.Module, config, name: str, text: EvalSpec, sweep: Mapping[int, KVSpec]) -> None:
     """Below the tables: what was measured, on which text, quantized how."""
     how = f"{dtype_name(model)} on {devices_of(model)}, {model.config._attn_implementation} attention"
-    print(f"\n{name}: {how}, windows of {text.seqlen} tokens")
+    print(f"\n{name}: {how}{weights_line(config)}, windows of {text.seqlen} tokens")
     for dataset in text.datasets:
         print(f"{dataset}: {DATASETS.get(dataset, 'documents joined by blank lines, in disjoint windows')}")
+    for projection, how in spec_lines(sweep).items():
+        print(f"{projection}: {how}")
+
+
+def spec_lines(sweep: Mapping[int, KVSpec]) -> dict[str, str]:
+    """{"k_proj": "4, 3-bit uniform per channel", ...}."""
     widths = ", ".join(str(bits) for bits, specs in sweep.items() if specs)
-    for projection, spec in next((specs for specs in sweep.values() if specs), {}).items():
-        print(f"{projection}: {widths}{str(spec).removeprefix(str(spec.bits))}")
+    specs = next(filter(None, sweep.values()), {})
+    return {leaf: f"{widths}{str(spec).removeprefix(str(spec.bits))}" for leaf, spec in specs.items()}
+
+
+def print_sites(model: nn.Module, sweep: Mapping[int, KVSpec]) -> None:
+    """--list_sites: every site, which module gives it, its channels, and how it is quantized."""
+    how = spec_lines(sweep)
+    sites = find_sites(model, how)
+    rows = [("site", "output of", "channels", "quantized to")]
+    for name, site in sites.items():
+        leaf = name.rpartition(".")[2]
+        fused = f", block {site.place.block}" if site.place.block is not None else ""
+        rows.append((name, f"{site.place.module}{fused}", str(site.width), how[leaf]))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        print("  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip())
+    count = len({layer_of(name) for name in sites})
+    print(f"\n{type(model).__name__}: {len(sites)} sites in {count} layers" if sites else "nothing is quantized")
+
+
+OVERHEAD = 1.5  # of a forward pass over its matrix products alone
+
+
+def product_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s of a large matrix product on device."""
+    size, times = 8192 if device.type == "cuda" else 2048, []
+    one, other = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    for _ in range(3):
+        start = time.perf_counter()
+        (one @ other)[0, 0].item()
+        times.append(time.perf_counter() - start)
+    return 2 * size**3 / min(times)
+
+
+def estimate(model: nn.Module, text: EvalSpec, windows: int, rows: int) -> tuple[float, float]:
+    """(bytes besides the weights, floating-point operations) of measuring windows in that many settings, roughly."""
+    shape, tokens = model.config.get_text_config(), text.seqlen * (text.batch_size or 1)
+    width = 4 * shape.hidden_size + 2 * getattr(shape, "intermediate_size", 4 * shape.hidden_size)
+    logits = 12 * HEAD_TOKENS * shape.vocab_size * min(rows, 2)  # fp32: they, their logarithms, and one more
+    experts = next((n for name in EXPERTS if (n := getattr(shape, name, None))), 1)
+    active = getattr(shape, "num_experts_per_tok", None) or experts
+    weights = multiplied(model).values()
+    products = sum(each.numel() * (active / experts if each.ndim == 3 else 1) for each in weights)
+    products += shape.vocab_size * shape.hidden_size + 2 * text.seqlen * shape.hidden_size * shape.num_hidden_layers
+    hidden = tokens * (width + rows * shape.hidden_size) * model.dtype.itemsize
+    return hidden + logits, 2 * products * text.seqlen * windows * rows
+
+
+EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")  # how configs call their number
+
+
+def print_plan(
+    config, how: ModelSpec, text: EvalSpec, texts: Mapping[str, Tensor], sweep: Mapping[int, KVSpec], attribution: bool
+) -> None:
+    """--dry_run: the settings and windows, which are exact, and memory and time, which are rough."""
+    model, device = skeleton(config, how.dtype), how.torch_device
+    sites = find_sites(model, next(filter(None, sweep.values()), {}))
+    rows = 1 + len(attribution_settings(Setting(0, "", dict.fromkeys(sites)))) if attribution else len(sweep)
+    batch = f"batch_size {text.batch_size or 'auto'}, compile {how.compile}"
+    print(f"{how.name}: {how.dtype} on {device}, {how.attn_implementation} attention{weights_line(config)}, {batch}")
+    print(f"settings: {rows}, of {', '.join(map(str, sweep))} bits{' (attribution)' * attribution}")
+    for projection, line in spec_lines(sweep).items():
+        print(f"{projection}: {line}")
+    for name, each in texts.items():
+        print(f"{name}: {len(each)} windows of {text.seqlen} tokens")
+    windows = sum(map(len, texts.values()))
+    besides, operations = estimate(model, text, windows, rows)
+    sizes = parameter_bytes(config, how.dtype), besides, free_memory(device)
+    weights, besides, free = (f"{each / 2**30:.2f} GiB" for each in sizes)
+    print(f"memory: about {weights} of weights and {besides} besides; {free} are free on {device}")
+    rate = product_rate(device, model.dtype)
+    seconds = math.ceil(OVERHEAD * operations / rate / process_count())
+    passes = f"{windows * rows} forward passes at {rate / 1e12:.2g} TFLOP/s"
+    print(f"time: about {timedelta(seconds=seconds)} (h:mm:ss) for {passes}, loading not counted")
+
+
+def print_calibration_plan(
+    config, how: ModelSpec, calibration: CalibrationSpec, windows: Tensor, sweep: Mapping[int, KVSpec]
+) -> None:
+    """--dry_run of a calibration: as print_plan."""
+    model, device = skeleton(config, how.dtype), how.torch_device
+    sites = find_sites(model, next(iter(sweep.values())))
+    print(f"{how.name}: {how.dtype} on {device}, {how.attn_implementation} attention{weights_line(config)}")
+    for projection, line in spec_lines(sweep).items():
+        print(f"{projection}: {line}")
+    count, tokens = windows.shape
+    print(f"{calibration.dataset}: {count} windows of {tokens} tokens, seed {calibration.seed}")
+    activations = windows.numel() * sum(site.width for site in sites.values()) * model.dtype.itemsize
+    sizes = parameter_bytes(config, how.dtype), activations, free_memory("cpu")
+    weights, activations, free = (f"{each / 2**30:.2f} GiB" for each in sizes)
+    print(f"memory: about {weights} of weights; {activations} of activations in host memory, where {free} are free")
+    _, operations = estimate(model, EvalSpec(seqlen=tokens), count, 4 if calibration.fisher else 1)
+    seconds = math.ceil(OVERHEAD * operations / product_rate(device, model.dtype))
+    print(f"time: about {timedelta(seconds=seconds)} (h:mm:ss) for the model, and some to fit; loading not counted")
+
+
+WITHOUT_RECORD = ("model", "list_sites", "dry_run")  # flags that the record of a run leaves out
 
 
 def run_record(script: str, args: Namespace, which: ModelSpec, texts: Mapping[str, Tensor]) -> dict:
     """What --output says of a run besides its figures: every flag's resolved value, and digests of what it read."""
-    settings = {name: value for name, value in vars(args).items() if name != "model"}
+    settings = {name: value for name, value in vars(args).items() if name not in WITHOUT_RECORD}
     settings |= {name: getattr(which, name) for name in ("dtype", "device", "attn_implementation", "compile")}
     settings["abits"] = args.abits[0] if len(args.abits) == 1 else args.abits
     read = {dataset: sha256(windows.numpy().tobytes()).hexdigest() for dataset, windows in texts.items()}
@@ -2423,10 +2583,19 @@ def weights_digest(model: nn.Module) -> str:
     digest = sha256()
     for name, parameter in model.named_parameters():
         digest.update(name.encode())
-        if not parameter.is_meta:
-            sample = parameter.detach().flatten()[:: parameter.numel() // 256 + 1]
+        if parameter.is_meta:
+            continue
+        packed = parameter.__tensor_flatten__()[0] if hasattr(parameter, "__tensor_flatten__") else ()  # torchao
+        for part in [getattr(parameter, each) for each in packed] or [parameter]:
+            sample = part.detach().flatten()[:: part.numel() // 256 + 1]
             digest.update(sample.float().cpu().numpy().tobytes())
     return digest.hexdigest()
+
+
+def weights_line(config) -> str:
+    """Such as ", weights quantized by bitsandbytes"; "" if they are not."""
+    method = weight_quantization(config).get("quant_method")
+    return "" if method is None else f", weights quantized by {getattr(method, 'value', method)}"
 
 
 def environment(model: nn.Module) -> dict:
@@ -2567,9 +2736,11 @@ def report(
     try:
         for dataset, is_whole in measuring:
             if is_whole:
-                rows += results(run, dataset)
-                lines = table(run, rows, FIGURES)
-                tqdm.write("\n".join(lines[-len(run.settings) :] if dataset != rows[0]["dataset"] else lines))
+                new = results(run, dataset)
+                lines = table(run, new, FIGURES)
+                goes_on = rows and len(lines) == len(new) + 1  # below the header of the first dataset
+                tqdm.write("\n".join(lines[1:] if goes_on else lines))
+                rows += new
                 sys.stdout.flush()
             elif time.monotonic() - saved > SAVE_EVERY:
                 try:
@@ -2856,6 +3027,8 @@ def add_output_flags(parser: ArgumentParser) -> None:
          help="draw keys and values of a layer before and after quantization as .png or .svg")  # fmt: skip
     flag("--plot_layer", type=int, metavar="N", help="the layer that --plot_activations draws; else the middle one")
     flag("--quiet", action="store_true", help="no progress bar, even on a terminal")
+    flag("--list_sites", action="store_true", help="print what would be quantized, and how; load no weights")
+    flag("--dry_run", action="store_true", help="print settings, windows, and roughly memory and time; load no weights")
 
 
 def add_calibration_flags(parser: ArgumentParser) -> None:
@@ -2964,8 +3137,14 @@ def evaluate(
 
         quiet_libraries(args.quiet)
         config, tokenizer = load_config_and_tokenizer(which.name)
+        if args.list_sites:
+            print_sites(skeleton(config), sweep)
+            return
         texts = load_texts(config, tokenizer, text)
         how = replace(which.resolved(config), compile="on" if is_to_compile(which) else "off")
+        if args.dry_run:
+            print_plan(config, how, text, texts, sweep, args.attribution)
+            return
         record = run_record(script, args, how, texts)
         known = load_unfinished(output, record)
         model = load_model(which, config)
@@ -2994,7 +3173,7 @@ def evaluate(
         rows, failure = report(model, run, text.batch_size, output, record)
     if process_index() > 0:
         return
-    print_settings(model, which.name, text, sweep)
+    print_settings(model, config, which.name, text, sweep)
     draw(model, run, rows, output)
     if failure:
         raise failure

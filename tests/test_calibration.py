@@ -187,7 +187,9 @@ def test_fisher_histograms_are_those_of_gradients_by_hand(model, calibration_win
     ours = qu.fisher_histograms(model, calibration_windows, quantizers, weighting)
     expected = dict.fromkeys(sites, 0)
     for i, ids in enumerate(calibration_windows):
-        for name, grad in gradients_by_hand(model, {name: site.module for name, site in sites.items()}, ids[None]).items():
+        for name, grad in gradients_by_hand(
+            model, {name: site.module for name, site in sites.items()}, ids[None]
+        ).items():
             y, quantizer = seen[name][i : i + 1, 1:], quantizers[name]
             keep, lo, hi = qu.keep_and_range(y, quantizer)
             radius = ((hi - lo) / 2).expand_as(y)
