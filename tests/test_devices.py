@@ -144,3 +144,23 @@ def test_an_error_that_is_not_about_memory_is_not_hidden(monkeypatch, model, win
     monkeypatch.setattr(qu, "measure_batch", measure_batch)
     with pytest.raises(RuntimeError, match="shapes do not match"):
         measured(model, windows, {}, batch_size=2)
+
+
+def test_memory_that_runs_out_later_is_answered_with_smaller_batches_and_the_same_figures(
+    monkeypatch, model, windows, capsys
+):
+    expected = [row[0].nll for row in measured(model, windows, {}, batch_size=4).measured["text"]]
+    whole, tried = qu.measure_batch, []
+
+    def measure_batch(model, ids, *args):  # another process takes memory meanwhile
+        tried.append(len(ids))
+        if len(tried) > 1 and len(ids) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+        return whole(model, ids, *args)
+
+    monkeypatch.setattr(qu, "measure_batch", measure_batch)
+    run = measured(model, windows, {}, batch_size=4)
+    assert tried == [4, 4, 3, 2, 2, 2, 1]
+    assert [row[0].nll for row in run.measured["text"]] == pytest.approx(expected, rel=1e-6)
+    said = "warning: text, window 5: out of memory, which sufficed before; going on by 2\n"
+    assert capsys.readouterr().err.endswith(said)

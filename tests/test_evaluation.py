@@ -419,3 +419,30 @@ def test_loss_is_taken_in_single_precision(config_and_tokenizer, windows):
         scores = bf16(windows[:1]).logits[0, :-1].float().log_softmax(-1)
     expected = -scores.gather(1, windows[0, 1:, None]).mean().item()
     assert qu.results(measured(bf16, windows[:1], {}), "text")[0]["nll"] == pytest.approx(expected, rel=1e-3)
+
+
+# -- overflow
+
+
+def test_an_overflow_is_reported_with_its_layer_and_projection():
+    torch.manual_seed(0)
+    tiny = LlamaForCausalLM(LlamaConfig(**TINY)).half().eval().requires_grad_(False)
+    tiny.model.layers[1].mlp.up_proj.weight.fill_(6e4)
+    with pytest.raises(qu.UserError) as caught:
+        measured(tiny, torch.randint(32, (2, 16)), {}, {})
+    place = "text, abits 16, nothing: window 1 of 2 has loss nan"
+    assert str(caught.value).startswith(place)
+    assert str(caught.value).endswith(
+        "in float16, model.layers.1.mlp.up_proj overflows first: try --dtype bfloat16 or float32"
+    )
+    assert sum(len(module._forward_hooks) for module in tiny.modules()) == 0
+
+
+def test_the_first_projection_that_overflows_is_found_and_none_where_none_does(model, windows):
+    setting = qu.Setting(3, "keys and values", dynamic(model, 3))
+    assert qu.first_overflow(model, windows[0], setting) is None
+    handle = model.model.layers[2].self_attn.v_proj.register_forward_hook(lambda module, args, out: out * math.inf)
+    try:
+        assert qu.first_overflow(model, windows[0], setting) == "model.layers.2.self_attn.v_proj"
+    finally:
+        handle.remove()
