@@ -201,7 +201,8 @@ def quiet_libraries(quiet: bool = False) -> None:
     huggingface_hub.utils.logging.set_verbosity_error()
     transformers.logging.set_verbosity_error()
     datasets.utils.logging.set_verbosity(logging.CRITICAL)
-    logging.getLogger("torch").setLevel(logging.ERROR)
+    for name in ("torch", "bitsandbytes"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="torch|accelerate")  # of compilation and threads
     if quiet or process_index() > 0 or not sys.stderr.isatty():
         datasets.disable_progress_bars()
@@ -1251,11 +1252,10 @@ def fisher_histograms(
 
     def watcher(name: str, site: Site) -> Hook:
         def on_output(module: nn.Module, args: tuple, out: Tensor) -> Tensor:
-            def on_gradient(grad: Tensor) -> None:
-                mean = site.read(grad).float() / (
-                    windows.shape[1] - 1
-                )  # the loss is a sum, which fp16 does not underflow
-                totals[name] = totals[name] + nuq_histogram(site.read(seen), local[name], mean, weighting)
+            def on_gradient(grad: Tensor | None) -> None:
+                if grad is not None:  # the loss is a sum over tokens, which fp16 does not underflow
+                    mean = site.read(grad).float() / (windows.shape[1] - 1)
+                    totals[name] = totals[name] + nuq_histogram(site.read(seen), local[name], mean, weighting)
 
             seen = out.detach()
             out = out if out.requires_grad else seen.requires_grad_()
@@ -1274,6 +1274,8 @@ def fisher_histograms(
         parts = gather([{name: torch.as_tensor(total).cpu() for name, total in totals.items()}])
         totals = {name: sum(part[name] for part in parts).to(device_of(sites[name].module)) for name in totals}
     for name, total in totals.items():
+        if not isinstance(total, Tensor):
+            raise UserError(f"no gradient comes to {name}, maybe for the kind of its weights: leave out --fisher")
         if not total.isfinite().all():
             raise UserError(f"gradients at {name} overflow in {dtype_name(model)}: try --dtype bfloat16 or float32")
     return totals

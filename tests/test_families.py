@@ -246,3 +246,19 @@ def test_values_that_are_changed_behind_the_projection_are_noticed():
     }
     with pytest.raises(qu.UserError, match=r"caches other values than model\.layers\.0"):
         qu.check_against_cache(model, sites)
+
+
+@pytest.mark.parametrize("name", ["Qwen3", "Gemma 3", "Phi-3, Phi-4"])
+def test_sites_behind_norms_and_in_fused_projections_are_compiled(name):
+    model, ids = tiny(*FAMILIES[name]), torch.randint(3, 48, (2, 24))
+    axes = {"k_proj": qu.PER_CHANNEL, "v_proj": qu.PER_TOKEN}
+    specs = {leaf: qu.QuantSpec(axis, 2, include_sparse=True, first_few_fp16=1) for leaf, axis in axes.items()}
+    settings = [qu.Setting(16, "nothing", {}), qu.Setting(2, "keys and values", qu.dynamic_quantizers(model, specs))]
+    runs = [qu.Run({"text": ids}, settings, qu.cache_widths(model)) for _ in range(2)]
+    list(qu.measure(model, runs[0]))
+    with qu.compiled(model):
+        list(qu.measure(model, runs[1]))
+    for eager, compiled in zip(*(run.measured["text"] for run in runs), strict=True):
+        for one, other in zip(eager, compiled, strict=True):
+            assert other.nll == pytest.approx(one.nll, rel=1e-4) and other.key_bits == one.key_bits
+        assert abs(compiled[0].nll - compiled[1].nll) > 1e-2
