@@ -126,7 +126,7 @@ def check_exportable(args: Namespace, sweep: dict) -> None:
 
 def evaluate(args: Namespace, given: dict) -> None:
     """Measure the perplexity with the quantizers of --quantizer_path, or without any at 16 bits."""
-    stored = None
+    stored: dict = {}
     if args.abits == [qu.UNQUANTIZED]:
         if args.quantizer_path is not None:
             qu.warn(f"--abits {qu.UNQUANTIZED} is the unquantized baseline: {args.quantizer_path!r} is not used")

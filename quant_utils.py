@@ -49,7 +49,7 @@ from argparse import (
     RawDescriptionHelpFormatter,
 )
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, wait
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, fields, replace
@@ -59,12 +59,15 @@ from hashlib import sha256
 from pathlib import Path
 from threading import Thread
 from types import NoneType
-from typing import BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 PER_CHANNEL, PER_TOKEN = -2, -1  # the axis of [B,T,C] that one range is shared along
 UNQUANTIZED = 16  # --abits of the baseline
@@ -760,12 +763,12 @@ def keep_and_range(x: Tensor, quantizer: Quantizer, sinks: int = 0) -> tuple[Ten
     spec, lo, hi, y = quantizer.spec, quantizer.lo, quantizer.hi, x.float()
     body = x[:, sinks:] if spec.axis == PER_CHANNEL else x  # a token's range is its own
     keep = torch.zeros_like(x, dtype=torch.bool)
-    if quantizer.is_static and spec.include_sparse:
-        keep = (y < lo) | (y > hi)
+    if lo is not None and hi is not None:
+        keep = (y < lo) | (y > hi) if spec.include_sparse else keep
     elif spec.include_sparse:
         lower, upper, lo, hi = inlier_bounds(body, spec.sparsity_threshold, spec.axis)
         keep = (y <= lower) | (y >= upper)
-    elif not quantizer.is_static:
+    else:
         lo, hi = body.float().amin(spec.axis, keepdim=True), body.float().amax(spec.axis, keepdim=True)
     if spec.cap_outliers is not None:
         keep = cap_per_token(keep, ((y - lo) / (hi - lo) - 0.5).abs(), spec.cap_outliers)
@@ -841,7 +844,7 @@ def token_statistics(log_probs: Tensor, targets: Tensor, reference: tuple[Tensor
 KVSpec = Mapping[str, QuantSpec]
 
 
-def projections(model: nn.Module) -> dict[str, nn.Module]:
+def projections(model: PreTrainedModel) -> dict[str, nn.Module]:
     """{name: module} of every projection in the decoder, in model order: what has a 2-d weight or packs one."""
     decoder, found = set(model.get_decoder().modules()), {}
     for name, module in model.named_modules():
@@ -853,7 +856,8 @@ def projections(model: nn.Module) -> dict[str, nn.Module]:
 
 def output_width(module: nn.Module) -> int:
     """C, the width of a projection's output (quantized weights are packed, so their shape does not tell)."""
-    return getattr(module, "out_features", None) or module.weight.shape[-1]
+    width: int | None = getattr(module, "out_features", None)
+    return width or module.get_parameter("weight").shape[-1]
 
 
 @dataclass(frozen=True)
@@ -920,7 +924,7 @@ class Site:
         return self.place.read(out, self.width)
 
 
-def site_at(model: nn.Module, name: str) -> Site:
+def site_at(model: PreTrainedModel, name: str) -> Site:
     """The site of that name: "model.layers.0.self_attn.k_proj" is the keys of layer 0, whichever module gives them."""
     parent, _, leaf = name.rpartition(".")
     attention, config = model.get_submodule(parent), model.get_decoder().config
@@ -935,7 +939,7 @@ def site_at(model: nn.Module, name: str) -> Site:
     return Site(attention.get_submodule(place.module), place, width)
 
 
-def all_sites(model: nn.Module) -> dict[str, Site]:
+def all_sites(model: PreTrainedModel) -> dict[str, Site]:
     """{"model.layers.0.self_attn.k_proj": Site, ...}: every projection that can be quantized, in model order."""
     table, found = SITES.get(model.get_decoder().config.model_type, {}), {}
     for name in projections(model):
@@ -946,7 +950,7 @@ def all_sites(model: nn.Module) -> dict[str, Site]:
     return found
 
 
-def find_sites(model: nn.Module, specs: Collection[str]) -> dict[str, Site]:
+def find_sites(model: PreTrainedModel, specs: Collection[str]) -> dict[str, Site]:
     """all_sites whose last name specs has.
 
     Raises UserError if a name matches nothing, or if the layer normalizes keys or values after the projection and
@@ -975,7 +979,7 @@ def layer_of(site: str) -> int | None:
 
 
 @torch.inference_mode()
-def check_against_cache(model: nn.Module, sites: Mapping[str, Site]) -> None:
+def check_against_cache(model: PreTrainedModel, sites: Mapping[str, Site]) -> None:
     """Raise UserError unless sites give what the model's own cache holds, on a few tokens.
 
     Values are compared as they are; keys at the first position, where RoPE turns nothing, but may scale.
@@ -1012,7 +1016,7 @@ def check_against_cache(model: nn.Module, sites: Mapping[str, Site]) -> None:
             raise UserError(f"{what}: this family is not supported yet")
 
 
-def dtype_name(model: nn.Module) -> str:
+def dtype_name(model: PreTrainedModel) -> str:
     """Such as bfloat16."""
     return str(model.dtype).removeprefix("torch.")
 
@@ -1036,7 +1040,7 @@ def hooked(hooks: Iterable[tuple[nn.Module, Hook]]) -> Iterator[None]:
             handle.remove()
 
 
-def dynamic_quantizers(model: nn.Module, specs: KVSpec) -> dict[str, Quantizer]:
+def dynamic_quantizers(model: PreTrainedModel, specs: KVSpec) -> dict[str, Quantizer]:
     """{site: Quantizer} with dynamic ranges and codebooks that need no data."""
     chosen = {name: specs[name.rpartition(".")[2]] for name in find_sites(model, specs)}
     return {name: Quantizer(spec, data_free_codebook(spec)) for name, spec in chosen.items()}
@@ -1050,17 +1054,17 @@ def device_of(module: nn.Module) -> torch.device:
     return torch.empty(0, device=at).device
 
 
-def input_device(model: nn.Module) -> torch.device:
+def input_device(model: PreTrainedModel) -> torch.device:
     """Where token ids go in."""
     return device_of(model.get_input_embeddings())
 
 
-def on_device(model: nn.Module, quantizers: Mapping[str, Quantizer]) -> dict[str, Quantizer]:
+def on_device(model: PreTrainedModel, quantizers: Mapping[str, Quantizer]) -> dict[str, Quantizer]:
     """The same {site: Quantizer}, each where its projection computes."""
     return {name: each.to(device_of(site_at(model, name).module)) for name, each in quantizers.items()}
 
 
-def quantize_output(module: nn.Module, args: tuple, out: Tensor) -> Tensor:
+def quantize_output(module: Any, args: tuple, out: Tensor) -> Tensor:
     """Forward hook of a module: what a quantized cache would give back. The module keeps the counts of outliers.
 
     All that differs between layers is an attribute of the module, so that one compiled graph serves every layer.
@@ -1075,7 +1079,7 @@ def quantize_output(module: nn.Module, args: tuple, out: Tensor) -> Tensor:
 
 
 @contextmanager
-def simulate_quantization(model: nn.Module, quantizers: Mapping[str, Quantizer]) -> Iterator[dict[str, Tensor]]:
+def simulate_quantization(model: PreTrainedModel, quantizers: Mapping[str, Quantizer]) -> Iterator[dict[str, Tensor]]:
     """Inside the block model attends to the keys and values that a quantized cache would give back.
 
     Yields a dict that is {site: [B,T] outliers of each token} after the block, of the latest forward pass in it. Sites
@@ -1088,7 +1092,7 @@ def simulate_quantization(model: nn.Module, quantizers: Mapping[str, Quantizer])
             site = site_at(model, name)
             names.setdefault(site.module, []).append(name)
             pair = site, quantizer.to(device_of(site.module))
-            site.module.kv_quantizers = (*getattr(site.module, "kv_quantizers", ()), pair)
+            vars(site.module).setdefault("kv_quantizers", []).append(pair)
         with hooked((module, quantize_output) for module in names):
             yield outliers
     finally:
@@ -1098,7 +1102,7 @@ def simulate_quantization(model: nn.Module, quantizers: Mapping[str, Quantizer])
             outliers.update({name: count for name, count in counts if count is not None})
 
 
-def decoder_layers(model: nn.Module) -> list[nn.Module]:
+def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
     """The modules with a number in their name that hold projections: model.layers.0, model.layers.1, ..."""
     numbered = (re.match(r"(.*?\.\d+)\.", name) for name in projections(model))
     return [model.get_submodule(name) for name in dict.fromkeys(found[1] for found in numbered if found)]
@@ -1129,7 +1133,7 @@ def is_to_compile(spec: ModelSpec) -> bool:
 
 
 @contextmanager
-def compiled(model: nn.Module, enabled: bool = True) -> Iterator[None]:
+def compiled(model: PreTrainedModel, enabled: bool = True) -> Iterator[None]:
     """Inside the block every decoder layer runs as one compiled graph, hooks included, which alike layers share."""
     if not enabled:
         yield
@@ -1139,7 +1143,7 @@ def compiled(model: nn.Module, enabled: bool = True) -> Iterator[None]:
     # Triton's own division is approximate, and kernels chosen by timing round as they please (as far as torch knows)
     exact = [name for name in torch._inductor.list_options() if re.search("divi[a-z]*_rounding|^deterministic$", name)]
     # without guards on hooks a layer that was compiled without them would pass them over
-    options = {"skip_nnmodule_hook_guards": False, "fail_on_recompile_limit_hit": True}
+    options: dict[str, Any] = {"skip_nnmodule_hook_guards": False, "fail_on_recompile_limit_hit": True}
     options |= {"recompile_limit": 1000, "accumulated_recompile_limit": 10000}  # widths, parts and batch sizes
     with torch._dynamo.config.patch(options):
         try:
@@ -1168,7 +1172,7 @@ class Fit:
     error: float  # sum of squared errors / sum of squares, sinks not counted
 
 
-def record_activations(model: nn.Module, sites: Mapping[str, Site], windows: Tensor) -> dict[str, Tensor]:
+def record_activations(model: PreTrainedModel, sites: Mapping[str, Site], windows: Tensor) -> dict[str, Tensor]:
     """{site: [N,T,C]}: every site's output over windows [N,T], in host memory and the model's dtype."""
     count, seqlen = windows.shape
     width = sum(site.width for site in sites.values())
@@ -1239,7 +1243,7 @@ def nuq_histogram(x: Tensor, quantizer: Quantizer, grad: Tensor | None = None, w
 
 
 def fisher_histograms(
-    model: nn.Module, windows: Tensor, quantizers: Mapping[str, Quantizer], weighting: str
+    model: PreTrainedModel, windows: Tensor, quantizers: Mapping[str, Quantizer], weighting: str
 ) -> dict[str, Tensor]:
     """{site: nuq_histogram weighted by Fisher information}, window by window of windows [N,T]; no gradient is kept.
 
@@ -1248,7 +1252,7 @@ def fisher_histograms(
     """
     sites = {name: site_at(model, name) for name in quantizers}
     local = on_device(model, quantizers)
-    totals = dict.fromkeys(quantizers, 0)
+    totals: dict[str, Any] = dict.fromkeys(quantizers, 0)
 
     def watcher(name: str, site: Site) -> Hook:
         def on_output(module: nn.Module, args: tuple, out: Tensor) -> Tensor:
@@ -1282,7 +1286,7 @@ def fisher_histograms(
 
 
 @contextmanager
-def checkpointing_if_short(model: nn.Module, tokens: int) -> Iterator[bool]:
+def checkpointing_if_short(model: PreTrainedModel, tokens: int) -> Iterator[bool]:
     """Inside the block decoder layers recompute their activations for the backward pass, if memory is short.
 
     An estimate decides: the activations that a layer saves, 12 times its width and 4 times that of its MLP a token,
@@ -1311,7 +1315,7 @@ def checkpointing_if_short(model: nn.Module, tokens: int) -> Iterator[bool]:
 
 
 def calibrate(
-    model: nn.Module, windows: Tensor, sweep: Mapping[int, KVSpec], calibration: CalibrationSpec
+    model: PreTrainedModel, windows: Tensor, sweep: Mapping[int, KVSpec], calibration: CalibrationSpec
 ) -> dict[int, dict[str, tuple[Quantizer, Fit]]]:
     """{bits: {site: (quantizer, how well it fits)}} for all that sweep {bits: specs} asks, from windows [N,T] of text.
 
@@ -1411,7 +1415,7 @@ def unfinished_file(target: Path) -> Iterator[BinaryIO]:
         unfinished.unlink(missing_ok=True)
 
 
-def write_atomically(path: str, write: Callable[[BinaryIO], None]) -> None:
+def write_atomically(path: str, write: Callable[[BinaryIO], object]) -> None:
     """Let write fill a file beside path and put it in its place: a reader finds the old file or the whole new one."""
     target = Path(path).resolve()
     try:
@@ -1450,7 +1454,7 @@ def versions() -> dict[str, str]:
     return {"python": sys.version.split()[0]} | {name: importlib.metadata.version(name) for name in packages}
 
 
-def provenance(model: nn.Module, name: str, settings: Mapping, seqlen: int) -> dict:
+def provenance(model: PreTrainedModel, name: str, settings: Mapping, seqlen: int) -> dict:
     """What a quantizer file says of its making: the model and its shape, the flags, the versions."""
     sites = find_sites(model, dict.fromkeys(settings["perchannel"] + settings["pertoken"]))
     channels = {name: site.width for name, site in sites.items()}
@@ -1458,7 +1462,7 @@ def provenance(model: nn.Module, name: str, settings: Mapping, seqlen: int) -> d
     return {"model": shape, "settings": dict(settings), "calibration": {"seqlen": seqlen}, "versions": versions()}
 
 
-SETTING_TYPES = {
+SETTING_TYPES: dict[str, Any] = {
     **dict.fromkeys(("abits", "perchannel", "pertoken"), list),
     **dict.fromkeys(("include_sparse", "nf", "nuq", "norm", "clamp", "fisher"), bool),
     **dict.fromkeys(("first_few_fp16", "nsamples", "seed"), int),
@@ -1548,7 +1552,7 @@ class PickledDtype:
     def __setstate__(self, state: tuple):
         self.code = {"<": "<", ">": ">"}.get(state[1], "") + self.code
 
-    def array(self, content: bytes, shape: tuple = (), order: str = "C") -> np.ndarray:
+    def array(self, content: bytes, shape: tuple = (), order: Any = "C") -> np.ndarray:
         """A new array of content's numbers."""
         return np.frombuffer(content, np.dtype(self.code)).reshape(shape, order=order).copy()
 
@@ -1570,9 +1574,9 @@ class TensorUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Callable:
         """The stand-in for a name that pickles of tensors and arrays use."""
         full = f"{module}.{name}".replace("numpy.core.", "numpy._core.")
-        stand_ins = {
+        stand_ins: dict[str, Callable] = {
             "collections.OrderedDict": lambda: OrderedDict(),
-            "torch._utils._rebuild_tensor_v2": lambda *parts: torch._utils._rebuild_tensor_v2(*parts[:4], False, {}),
+            "torch._utils._rebuild_tensor_v2": lambda *parts: torch._utils._rebuild_tensor(*parts[:4]),
             "torch.storage._load_from_bytes": lambda content: torch.load(io.BytesIO(content), "cpu", weights_only=True),
             "numpy.ndarray": lambda: None,
             "numpy.dtype": lambda *parts: PickledDtype(*parts),
@@ -1599,7 +1603,7 @@ def read_kvquant(path: str) -> dict:
     """
     with open(path, "rb") as file:
         published = TensorUnpickler(file).load()
-    quantizers, widths, settings = {}, {}, {}
+    quantizers, widths, settings = {}, {}, dict[str, Any]()
     for name, (upper, lower, *rest) in published.items():
         levels = plain(rest[0][0]).float().flatten().sort().values if rest else None
         scale, offset = (float(plain(x)) for x in rest[1:]) if len(rest) == 3 else (1.0, 0.0)
@@ -1620,7 +1624,7 @@ def export_kvquant(path: str, quantizers: Mapping[str, Quantizer]) -> None:
     published = {}
     for name, q in quantizers.items():
         anything = torch.ones(2, 1)  # [tokens,1] there, and ignored: the range is dynamic
-        entry = (q.hi[None], q.lo[None]) if q.is_static else (anything, -anything)
+        entry: tuple = (anything, -anything) if q.lo is None or q.hi is None else (q.hi[None], q.lo[None])
         is_normed = q.codebook.decoded is not q.codebook.levels
         if q.spec.codebook == "nuq" or is_normed:
             entry += ([q.codebook.levels[:, None].numpy()],)
@@ -1630,7 +1634,7 @@ def export_kvquant(path: str, quantizers: Mapping[str, Quantizer]) -> None:
     write_atomically(path, lambda file: pickle.dump(published, file))
 
 
-def stored_quantizers(path: str, data: Mapping, model: nn.Module, specs: KVSpec) -> dict[str, Quantizer]:
+def stored_quantizers(path: str, data: Mapping, model: PreTrainedModel, specs: KVSpec) -> dict[str, Quantizer]:
     """{site: Quantizer} from load_calibration's data, checked against the sites that model has and specs name.
 
     Raises UserError if the file was made for a model of another shape, or holds no usable quantizer.
@@ -1733,7 +1737,7 @@ def load_config_and_tokenizer(name: str):
     return config, tokenizer
 
 
-def skeleton(config, dtype: str = "auto") -> nn.Module:
+def skeleton(config, dtype: str = "auto") -> PreTrainedModel:
     """A model of this config whose weights have shapes, but no values and no memory."""
     from transformers import AutoModelForCausalLM
 
@@ -1742,7 +1746,7 @@ def skeleton(config, dtype: str = "auto") -> nn.Module:
     return model.eval().requires_grad_(False)
 
 
-def multiplied(model: nn.Module) -> dict[str, nn.Parameter]:
+def multiplied(model: PreTrainedModel) -> dict[str, nn.Parameter]:
     """The weights of the decoder that tokens are multiplied with: projections [out,in] and experts [experts,out,in]."""
     decoder, table = model.get_decoder(), model.get_input_embeddings().weight
     return {name: each for name, each in decoder.named_parameters() if each.ndim > 1 and each is not table}
@@ -1776,13 +1780,13 @@ def placement(spec: ModelSpec, config) -> torch.device | str:
     return device if need <= free else "auto"
 
 
-def devices_of(model: nn.Module) -> str:
+def devices_of(model: PreTrainedModel) -> str:
     """Such as cpu, or cuda:0, cuda:1; "disk" and "cpu" beside a GPU say where weights wait that it has no room for."""
     placed = getattr(model, "hf_device_map", None) or {"": model.device}
     return ", ".join(dict.fromkeys(f"cuda:{at}" if isinstance(at, int) else str(at) for at in placed.values()))
 
 
-def load_model(spec: ModelSpec, config) -> nn.Module:
+def load_model(spec: ModelSpec, config) -> PreTrainedModel:
     """The model on its device or devices, in eval mode, every `auto` of spec resolved (see ModelSpec)."""
     from transformers import AutoModelForCausalLM
 
@@ -1792,7 +1796,7 @@ def load_model(spec: ModelSpec, config) -> nn.Module:
         announce(f"loading {spec.name} {'over all GPUs' if device == 'auto' else f'to {device}'}")
         if spec.torch_device.type == "cuda":
             torch.cuda.set_device(spec.torch_device)
-        model, found = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             spec.name,
             config=config,
             dtype=spec.dtype,
@@ -1800,6 +1804,7 @@ def load_model(spec: ModelSpec, config) -> nn.Module:
             attn_implementation=spec.attn_implementation,
             output_loading_info=True,
         )
+    model, found = loaded
     if missing := sorted(found["missing_keys"]):
         raise UserError(f"model {spec.name!r} lacks {len(missing)} tensors, {missing[0]} first: is the copy complete?")
     if surplus := sorted(found["unexpected_keys"]):
@@ -1877,15 +1882,15 @@ def sample_documents(
     The protocol of GPTQ and KVQuant for C4, draw for draw (random.seed), so the figures compare with theirs.
     A document of fewer bytes than seqlen is passed over without being tokenized; it cannot hold that many tokens.
     """
-    rng, long, short = random.Random(seed), {}, set()
-    windows = []
+    rng, long, short = random.Random(seed), dict[int, Tensor](), set[int]()
+    windows: list[Tensor] = []
     while len(windows) < count:
         if len(short) == len(documents):
             raise UserError(f"none of {len(documents)} documents is longer than seqlen {seqlen} tokens: lower seqlen")
         i = rng.randint(0, len(documents) - 1)
         if i not in long and i not in short:
-            ids = encode(documents[i]) if len(documents[i].encode()) >= seqlen else ()
-            if len(ids) > seqlen:
+            ids = encode(documents[i]) if len(documents[i].encode()) >= seqlen else None
+            if ids is not None and len(ids) > seqlen:
                 long[i] = ids
             else:
                 short.add(i)
@@ -1958,7 +1963,7 @@ def check_windows(config, windows: Tensor) -> None:
 # 7. Evaluation: a model, windows and settings in, numbers out
 
 
-def cache_widths(model: nn.Module) -> dict[str, dict[str, int]]:
+def cache_widths(model: PreTrainedModel) -> dict[str, dict[str, int]]:
     """{"keys": {site: C, ...}, "values": {...}}: all that model caches, quantized or not, in model order."""
     widths: dict[str, dict[str, int]] = {part: {} for part in CACHE_PARTS.values()}
     for name, site in all_sites(model).items():
@@ -2039,11 +2044,16 @@ HEAD_TOKENS = 256  # whose logits exist at a time: 125 MiB in fp32 for 128,256 w
 
 
 @contextmanager
-def body_passed_over(model: nn.Module, output) -> Iterator[None]:
+def body_passed_over(model: PreTrainedModel, output) -> Iterator[None]:
     """Inside the block model's body (its decoder) does nothing and returns output, so that model is its head alone."""
-    body, calls = model.get_decoder(), []
-    replaced = vars(body).get("forward")  # accelerate puts its own there
-    body.forward = lambda *args, **kwargs: calls.append(None) or output
+    body: Any = model.get_decoder()
+    replaced, calls = vars(body).get("forward"), []  # accelerate puts its own there
+
+    def passed_over(*args, **kwargs):
+        calls.append(None)
+        return output
+
+    body.forward = passed_over
     try:
         yield
     finally:
@@ -2054,7 +2064,7 @@ def body_passed_over(model: nn.Module, output) -> Iterator[None]:
         raise UserError(f"{type(model).__name__} does not compute its logits from what its decoder returns")
 
 
-def head(model: nn.Module, output, tokens: slice) -> Tensor:
+def head(model: PreTrainedModel, output, tokens: slice) -> Tensor:
     """[B,t,V] fp32 log probabilities at some tokens of output, which is what the model's body returned.
 
     The model's own class computes the logits, with all that it does after the projection (soft caps, scales).
@@ -2065,7 +2075,7 @@ def head(model: nn.Module, output, tokens: slice) -> Tensor:
         return model(input_ids=blank, use_cache=False).logits.log_softmax(-1, dtype=torch.float32)
 
 
-def mean_statistics(model: nn.Module, ids: Tensor, outputs: Sequence, is_paired: bool) -> Tensor:
+def mean_statistics(model: PreTrainedModel, ids: Tensor, outputs: Sequence, is_paired: bool) -> Tensor:
     """[S,3,B] means of token_statistics over the predicted tokens of ids [B,T], from the body's output in S settings.
 
     If is_paired the first is the reference, else there is the loss alone, [S,1,B]. Logits exist for HEAD_TOKENS tokens
@@ -2104,7 +2114,7 @@ def count_outliers(counts: Mapping[str, Tensor], run: Run, blank: Tensor) -> Ten
 
 @torch.inference_mode()
 def measure_batch(
-    model: nn.Module, ids: Tensor, run: Run, on_forward: Callable[[int], object] = lambda count: None
+    model: PreTrainedModel, ids: Tensor, run: Run, on_forward: Callable[[int], object] = lambda count: None
 ) -> Callable[[], list[list[Window]]]:
     """Start on windows ids [B,T] in every setting of run; call what is returned to wait for the figures, [B][setting].
 
@@ -2136,8 +2146,8 @@ def measure_batch(
 def windows_from(figures: Sequence[Sequence[Sequence[float]]], run: Run, tokens: int) -> list[list[Window]]:
     """[B][setting] from figures [S,2+k,B]: outliers of keys and of values, then k token statistics."""
     columns = []
-    for setting, (keys, values, nll, *paired) in zip(run.settings, figures, strict=True):
-        paired = paired or [[None] * len(nll)] * 2
+    for setting, (keys, values, nll, *rest) in zip(run.settings, figures, strict=True):
+        paired: Sequence[Sequence[float | None]] = rest or [[None] * len(nll)] * 2
         counts = {"keys": keys, "values": values}
         bits = [average_bits(run.widths[part], setting.quantizers, counts[part], tokens) for part in counts]
         columns.append([Window(*each) for each in zip(nll, *paired, *bits, strict=True)])
@@ -2171,7 +2181,7 @@ def paired_difference(nll: Sequence[float], baseline: Sequence[float]) -> dict[s
     }
 
 
-def check_finite(model: nn.Module, run: Run, dataset: str, first: int, batch: Sequence[Sequence[Window]]) -> None:
+def check_finite(model: PreTrainedModel, run: Run, dataset: str, first: int, batch: Sequence[Sequence[Window]]) -> None:
     """Raise UserError for the first figure that is none in batch, the windows of dataset from the first on."""
     before, total = run.place or (0, len(run.texts[dataset]))
     for number, row in enumerate(batch, before + first + 1):
@@ -2186,7 +2196,7 @@ def check_finite(model: nn.Module, run: Run, dataset: str, first: int, batch: Se
 
 
 @torch.inference_mode()
-def first_overflow(model: nn.Module, ids: Tensor, setting: Setting) -> str | None:
+def first_overflow(model: PreTrainedModel, ids: Tensor, setting: Setting) -> str | None:
     """Such as model.layers.3.mlp.down_proj: the first projection whose output is not finite for window ids [T]."""
     found: list[str] = []
 
@@ -2201,14 +2211,19 @@ def first_overflow(model: nn.Module, ids: Tensor, setting: Setting) -> str | Non
 
 
 def measure_what_fits(
-    model: nn.Module, ids: Tensor, run: Run, on_forward: Callable[[int], object]
+    model: PreTrainedModel, ids: Tensor, run: Run, on_forward: Callable[[int], object]
 ) -> tuple[int, Callable[[], list[list[Window]]]]:
     """(B, measure_batch) of the first B of windows ids, all if they do not run out of memory."""
 
     def attempt(size: int) -> tuple[int, Callable[[], list[list[Window]]]]:
         passes: list[int] = []
+
+        def count(windows: int) -> None:
+            passes.append(windows)
+            on_forward(windows)
+
         try:
-            return size, measure_batch(model, ids[:size], run, lambda count: (passes.append(count), on_forward(count)))
+            return size, measure_batch(model, ids[:size], run, count)
         except BaseException:
             on_forward(-sum(passes))
             raise
@@ -2229,7 +2244,7 @@ def measure_what_fits(
     raise UserError(f"one window of seqlen {ids.shape[1]} runs out of memory on {devices_of(model)}: {advice}")
 
 
-def batch_size_for_memory(model: nn.Module) -> int:
+def batch_size_for_memory(model: PreTrainedModel) -> int:
     """How many windows fit, by the most memory that one took since the last reset_peak_memory: 1 on a CPU."""
     fits = []
     for device in {parameter.device for parameter in model.parameters() if parameter.is_cuda}:
@@ -2245,7 +2260,7 @@ def reset_peak_memory() -> None:
 
 
 def batches(
-    model: nn.Module, run: Run, dataset: str, batch_size: int | None, on_forward: Callable[[int], object]
+    model: PreTrainedModel, run: Run, dataset: str, batch_size: int | None, on_forward: Callable[[int], object]
 ) -> Iterator[tuple[int, Callable[[], list[list[Window]]]]]:
     """(place of the first window, measure_batch) for batch after batch of what run lacks of dataset.
 
@@ -2271,12 +2286,12 @@ def batches(
         first += count
 
 
-def batches_ahead(model: nn.Module) -> int:
+def batches_ahead(model: PreTrainedModel) -> int:
     """How many batches are started before one is read."""
     return 1 if input_device(model).type == "cuda" else 0
 
 
-def measure(model: nn.Module, run: Run, batch_size: int | None = 1) -> Iterator[tuple[str, bool]]:
+def measure(model: PreTrainedModel, run: Run, batch_size: int | None = 1) -> Iterator[tuple[str, bool]]:
     """Fill run.measured, batch by batch; yields (dataset, whether that is all of it) after each.
 
     A GPU starts on the next batch before one is read, so that it never waits for the host; if anything interrupts,
@@ -2334,7 +2349,7 @@ def share(run: Run, dataset: str, index: int, count: int) -> Run:
     return replace(run, texts=texts, measured={dataset: []}, seconds={}, place=place)
 
 
-def measure_together(model: nn.Module, run: Run, batch_size: int | None = 1) -> Iterator[tuple[str, bool]]:
+def measure_together(model: PreTrainedModel, run: Run, batch_size: int | None = 1) -> Generator[tuple[str, bool]]:
     """measure, by as many processes as there are, in rounds: after each, all of them have everything."""
     index, count = process_index(), process_count()
     if count == 1:
@@ -2457,7 +2472,7 @@ def print_comparison(run: Run, rows: Sequence[Mapping]) -> None:
         print("", title, *table(run, rows, STORAGE), sep="\n")
 
 
-def print_settings(model: nn.Module, config, name: str, text: EvalSpec, sweep: Mapping[int, KVSpec]) -> None:
+def print_settings(model: PreTrainedModel, config, name: str, text: EvalSpec, sweep: Mapping[int, KVSpec]) -> None:
     """Below the tables: what was measured, on which text, quantized how."""
     how = f"{dtype_name(model)} on {devices_of(model)}, {model.config._attn_implementation} attention"
     print(f"\n{name}: {how}{weights_line(config)}, windows of {text.seqlen} tokens")
@@ -2474,7 +2489,7 @@ def spec_lines(sweep: Mapping[int, KVSpec]) -> dict[str, str]:
     return {leaf: f"{widths}{str(spec).removeprefix(str(spec.bits))}" for leaf, spec in specs.items()}
 
 
-def print_sites(model: nn.Module, sweep: Mapping[int, KVSpec]) -> None:
+def print_sites(model: PreTrainedModel, sweep: Mapping[int, KVSpec]) -> None:
     """--list_sites: every site, which module gives it, its channels, and how it is quantized."""
     how = spec_lines(sweep)
     sites = find_sites(model, how)
@@ -2488,6 +2503,11 @@ def print_sites(model: nn.Module, sweep: Mapping[int, KVSpec]) -> None:
         print("  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip())
     count = len({layer_of(name) for name in sites})
     print(f"\n{type(model).__name__}: {len(sites)} sites in {count} layers" if sites else "nothing is quantized")
+
+
+def gib(count: float) -> str:
+    """Such as 1.50 GiB."""
+    return f"{count / 2**30:.2f} GiB"
 
 
 OVERHEAD = 1.5  # of a forward pass over its matrix products alone
@@ -2504,7 +2524,7 @@ def product_rate(device: torch.device, dtype: torch.dtype) -> float:
     return 2 * size**3 / min(times)
 
 
-def estimate(model: nn.Module, text: EvalSpec, windows: int, rows: int) -> tuple[float, float]:
+def estimate(model: PreTrainedModel, text: EvalSpec, windows: int, rows: int) -> tuple[float, float]:
     """(bytes besides the weights, floating-point operations) of measuring windows in that many settings, roughly."""
     shape, tokens = model.config.get_text_config(), text.seqlen * (text.batch_size or 1)
     width = 4 * shape.hidden_size + 2 * getattr(shape, "intermediate_size", 4 * shape.hidden_size)
@@ -2527,7 +2547,8 @@ def print_plan(
     """--dry_run: the settings and windows, which are exact, and memory and time, which are rough."""
     model, device = skeleton(config, how.dtype), how.torch_device
     sites = find_sites(model, next(filter(None, sweep.values()), {}))
-    rows = 1 + len(attribution_settings(Setting(0, "", dict.fromkeys(sites)))) if attribution else len(sweep)
+    nothing: dict[str, Any] = dict.fromkeys(sites)
+    rows = 1 + len(attribution_settings(Setting(0, "", nothing))) if attribution else len(sweep)
     batch = f"batch_size {text.batch_size or 'auto'}, compile {how.compile}"
     print(f"{how.name}: {how.dtype} on {device}, {how.attn_implementation} attention{weights_line(config)}, {batch}")
     print(f"settings: {rows}, of {', '.join(map(str, sweep))} bits{' (attribution)' * attribution}")
@@ -2537,9 +2558,8 @@ def print_plan(
         print(f"{name}: {len(each)} windows of {text.seqlen} tokens")
     windows = sum(map(len, texts.values()))
     besides, operations = estimate(model, text, windows, rows)
-    sizes = parameter_bytes(config, how.dtype), besides, free_memory(device)
-    weights, besides, free = (f"{each / 2**30:.2f} GiB" for each in sizes)
-    print(f"memory: about {weights} of weights and {besides} besides; {free} are free on {device}")
+    weights, free = parameter_bytes(config, how.dtype), free_memory(device)
+    print(f"memory: about {gib(weights)} of weights and {gib(besides)} besides; {gib(free)} are free on {device}")
     rate = product_rate(device, model.dtype)
     seconds = math.ceil(OVERHEAD * operations / rate / process_count())
     passes = f"{windows * rows} forward passes at {rate / 1e12:.2g} TFLOP/s"
@@ -2558,9 +2578,8 @@ def print_calibration_plan(
     count, tokens = windows.shape
     print(f"{calibration.dataset}: {count} windows of {tokens} tokens, seed {calibration.seed}")
     activations = windows.numel() * sum(site.width for site in sites.values()) * model.dtype.itemsize
-    sizes = parameter_bytes(config, how.dtype), activations, free_memory("cpu")
-    weights, activations, free = (f"{each / 2**30:.2f} GiB" for each in sizes)
-    print(f"memory: about {weights} of weights; {activations} of activations in host memory, where {free} are free")
+    print(f"memory: about {gib(parameter_bytes(config, how.dtype))} of weights", end="; ")
+    print(f"{gib(activations)} of activations in host memory, where {gib(free_memory('cpu'))} are free")
     _, operations = estimate(model, EvalSpec(seqlen=tokens), count, 4 if calibration.fisher else 1)
     seconds = math.ceil(OVERHEAD * operations / product_rate(device, model.dtype))
     print(f"time: about {timedelta(seconds=seconds)} (h:mm:ss) for the model, and some to fit; loading not counted")
@@ -2580,7 +2599,7 @@ def run_record(script: str, args: Namespace, which: ModelSpec, texts: Mapping[st
     return {"script": Path(script).name, "model": which.name, "settings": settings, "sha256": read}
 
 
-def weights_digest(model: nn.Module) -> str:
+def weights_digest(model: PreTrainedModel) -> str:
     """A mark of the model's weights, from some 256 entries spread over each parameter: training changes it."""
     digest = sha256()
     for name, parameter in model.named_parameters():
@@ -2600,7 +2619,7 @@ def weights_line(config) -> str:
     return "" if method is None else f", weights quantized by {getattr(method, 'value', method)}"
 
 
-def environment(model: nn.Module) -> dict:
+def environment(model: PreTrainedModel) -> dict:
     """What a figure depends on besides the settings: versions, device, dtype."""
     at = input_device(model)
     name = torch.cuda.get_device_name(at) if at.type == "cuda" else "cpu"
@@ -2647,7 +2666,7 @@ def load_unfinished(output: OutputSpec, record: Mapping) -> dict:
 
     Raises UserError if that is no file of ours, or of a run of other settings, model or text than record says.
     """
-    if not output.resume:
+    if not output.resume or output.output is None:
         return {}
     path = Path(output.output)
     if not path.exists():
@@ -2679,7 +2698,7 @@ def check_same_run(output: OutputSpec, here: Mapping, there: Mapping) -> None:
             raise UserError(f"--resume: {output.output!r} is of another run: the content of {name} is another")
 
 
-def take_over(model: nn.Module, run: Run, output: OutputSpec, record: dict, known: Mapping) -> None:
+def take_over(model: PreTrainedModel, run: Run, output: OutputSpec, record: dict, known: Mapping) -> None:
     """Put the figures of known, which load_unfinished read, into run; put what the loaded model tells into record."""
     record["sha256"] = {**record["sha256"], "model weights": weights_digest(model)}
     record["environment"] = environment(model)
@@ -2728,7 +2747,7 @@ SAVE_EVERY = 30  # seconds between two versions of --output while it is not comp
 
 
 def report(
-    model: nn.Module, run: Run, batch_size: int | None, output: OutputSpec, record: Mapping
+    model: PreTrainedModel, run: Run, batch_size: int | None, output: OutputSpec, record: Mapping
 ) -> tuple[list[dict], OSError | None]:
     """Measure what run lacks, print its tables, write output, also when interrupted: (all rows, why output failed)."""
     from tqdm import tqdm
@@ -2810,7 +2829,7 @@ def plot_sweep(rows: Sequence[Mapping]):
         shown = [row for row in mine if not (is_paired and row["abits"] == UNQUANTIZED)]
         bits = [row["abits"] if row["avg_bits"] is None else row["avg_bits"] for row in shown]
         label = f"{title} (unquantized: {mine[-1]['ppl']:.2f})" if is_paired else title
-        style = {"color": colour, "marker": marker, "markersize": 7, "linewidth": 1.5, "capsize": 4}
+        style: dict[str, Any] = {"color": colour, "marker": marker, "markersize": 7, "linewidth": 1.5, "capsize": 4}
         axes.errorbar(bits, [row[name] for row in shown], errors_of(shown, name), label=label, **style)
         for x, row in zip(bits, shown, strict=True):
             text = f"{row[name]:+.3g}" if is_paired else f"{row[name]:.2f}"
@@ -2855,7 +2874,7 @@ def plot_attribution(rows: Sequence[Mapping]):
 DRAWN_TOKENS = 256
 
 
-def plot_activations(model: nn.Module, window: Tensor, setting: Setting, layer: int):
+def plot_activations(model: PreTrainedModel, window: Tensor, setting: Setting, layer: int):
     """|K| and |V| of one layer over tokens and channels, before and after quantization; kept outliers are marked.
 
     window is [T] ids; ranges are those of all of it, and its first DRAWN_TOKENS tokens are drawn.
@@ -2884,7 +2903,7 @@ def plot_activations(model: nn.Module, window: Tensor, setting: Setting, layer: 
     return figure
 
 
-def draw(model: nn.Module, run: Run, rows: Sequence[Mapping], output: OutputSpec) -> None:
+def draw(model: PreTrainedModel, run: Run, rows: Sequence[Mapping], output: OutputSpec) -> None:
     """The pictures that output asks for."""
     if output.plot is not None:
         is_attribution = any(row["quantized"].startswith("layer ") for row in rows)
@@ -3066,7 +3085,7 @@ def kv_sweep(args: Namespace) -> dict[int, KVSpec]:
         warn(f"--sparsity_threshold {args.sparsity_threshold:g} has no effect without --include_sparse")
     shared = {name: getattr(args, name) for name in ("include_sparse", "sparsity_threshold", "first_few_fp16")}
     shared |= {"codebook": "nuq" if nuq else "nf" if args.nf else "uniform", "clamp": getattr(args, "clamp", False)}
-    sweep = {}
+    sweep: dict[int, KVSpec] = {}
     for bits in args.abits:
         stored = min(bits, 8)  # the specs are made at 16 bits too: that validates them
         specs = {name: QuantSpec(PER_CHANNEL, stored, cap_outliers=cap, **shared) for name in args.perchannel}
@@ -3074,7 +3093,7 @@ def kv_sweep(args: Namespace) -> dict[int, KVSpec]:
         sweep[bits] = specs if bits != UNQUANTIZED else {}
     if args.attribution:
         check_attributable(sweep)
-    return {UNQUANTIZED: {}} | sweep if args.baseline or args.attribution else sweep
+    return {UNQUANTIZED: {}, **sweep} if args.baseline or args.attribution else sweep
 
 
 def check_attributable(sweep: Mapping[int, KVSpec]) -> None:
@@ -3128,7 +3147,7 @@ def stop(signum: int, frame: object) -> None:
 
 
 def evaluate(
-    script: str, args: Namespace, sweep: Mapping[int, KVSpec], quantizers_of: Callable[[nn.Module, KVSpec], dict]
+    script: str, args: Namespace, sweep: Mapping[int, KVSpec], quantizers_of: Callable[[PreTrainedModel, KVSpec], dict]
 ) -> None:
     """Measure, print, save and draw what the flags ask for; quantizers_of(model, specs) is {site: Quantizer}."""
     with one_for_all():
@@ -3191,7 +3210,8 @@ def exit_status(main: Callable[[], None]) -> int:
     sys.stdout, sys.stderr = sys.stdout or nowhere, sys.stderr or nowhere
     if process_index() > 0:
         sys.stdout = nowhere
-    sys.stdout.reconfigure(errors="backslashreplace")
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
     status, message, is_ours = 0, None, process_index() == 0
     try:
         main()

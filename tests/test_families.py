@@ -1,9 +1,11 @@
 """Every family of models: what is quantized is what its cache would hold before RoPE."""
 
 import math
+import re
 
 import pytest
 import torch
+from conftest import ROOT
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import quant_utils as qu
@@ -193,6 +195,16 @@ def test_every_family_is_calibrated_and_evaluated(family):
     for plain, quantized in run.measured["text"]:
         assert math.isfinite(quantized.nll) and quantized.kl > 0 and quantized.nll != plain.nll
         assert plain.key_bits == plain.value_bits == 16 and 3 < quantized.key_bits < quantized.value_bits < 16
+
+
+def test_the_table_in_the_readme_is_this_one():
+    readme = (ROOT / "README.md").read_text()
+    table = readme[readme.index("| family | loads |") :].split("\n\n")[0].splitlines()[2:]
+    rows = {name: where for name, _, _, where in (re.split(r" \| ", row.strip("| ")) for row in table)}
+    assert list(rows) == list(FAMILIES)
+    for name, where in rows.items():
+        place = next(iter(qu.find_sites(tiny(*FAMILIES[name]), {"k_proj"}).values())).place
+        assert where == f"`{place.module}`" + (", a slice" if place.block is not None else "")
 
 
 # -- what is refused
