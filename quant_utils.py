@@ -1250,8 +1250,7 @@ def fisher_histograms(
     Only the sites' outputs require gradients, no parameter does: the first site starts the graph. Processes share the
     windows, and each has all histograms in the end.
     """
-    sites = {name: site_at(model, name) for name in quantizers}
-    local = on_device(model, quantizers)
+    sites, local = {name: site_at(model, name) for name in quantizers}, on_device(model, quantizers)
     totals: dict[str, Any] = dict.fromkeys(quantizers, 0)
 
     def watcher(name: str, site: Site) -> Hook:
@@ -1741,7 +1740,7 @@ def skeleton(config, dtype: str = "auto") -> PreTrainedModel:
     """A model of this config whose weights have shapes, but no values and no memory."""
     from transformers import AutoModelForCausalLM
 
-    with torch.device("meta"):
+    with one_line_errors(f"model {config.name_or_path!r}", "a local folder"), torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=None if dtype == "auto" else dtype)
     return model.eval().requires_grad_(False)
 
@@ -3146,6 +3145,37 @@ def stop(signum: int, frame: object) -> None:
     raise Terminated if signum == signal.SIGTERM else KeyboardInterrupt
 
 
+def settings_of(
+    model: PreTrainedModel,
+    sweep: Mapping[int, KVSpec],
+    quantizers_of: Callable[[PreTrainedModel, KVSpec], dict],
+    attribution: bool,
+) -> list[Setting]:
+    """The rows of a run: a setting for each width, or one width taken apart behind the unquantized model."""
+    if quantized := next(filter(None, sweep.values()), None):
+        check_against_cache(model, find_sites(model, quantized))
+    settings = []
+    for bits, specs in sweep.items():
+        quantizers = quantizers_of(model, specs)
+        settings.append(Setting(bits, parts_of(quantizers), on_device(model, quantizers)))
+    return settings[:1] + attribution_settings(settings[1]) if attribution else settings
+
+
+def report_compiled(
+    model: PreTrainedModel, run: Run, batch_size: int | None, output: OutputSpec, record: dict, optional: bool
+) -> tuple[list[dict], OSError | None]:
+    """report, with the layers compiled if record says so; if they do not compile and it is optional, without."""
+    try:
+        with compiled(model, record["settings"]["compile"] == "on"):
+            return report(model, run, batch_size, output, record)
+    except CompilationError as error:
+        if not optional or process_count() > 1 or any(run.measured.values()):
+            raise
+        warn(f"--compile auto: off, because {error}")
+    record["settings"]["compile"] = "off"
+    return report(model, run, batch_size, output, record)
+
+
 def evaluate(
     script: str, args: Namespace, sweep: Mapping[int, KVSpec], quantizers_of: Callable[[PreTrainedModel, KVSpec], dict]
 ) -> None:
@@ -3169,29 +3199,13 @@ def evaluate(
         record = run_record(script, args, how, texts)
         known = load_unfinished(output, record)
         model = load_model(which, config)
-        if quantized := next(filter(None, sweep.values()), None):
-            check_against_cache(model, find_sites(model, quantized))
-
-        settings = []
-        for bits, specs in sweep.items():
-            quantizers = quantizers_of(model, specs)
-            settings.append(Setting(bits, parts_of(quantizers), on_device(model, quantizers)))
-        if args.attribution:
-            settings[1:] = attribution_settings(settings[1])
+        settings = settings_of(model, sweep, quantizers_of, args.attribution)
         run = Run(texts, settings, cache_widths(model), output.report_context)
         take_over(model, run, output, record, known)
         if output.plot_activations is not None:
             drawn_layer(run, output)  # before anything is measured
 
-    try:
-        with compiled(model, how.compile == "on"):
-            rows, failure = report(model, run, text.batch_size, output, record)
-    except CompilationError as error:
-        if which.compile == "on" or process_count() > 1 or any(run.measured.values()):
-            raise
-        warn(f"--compile auto: off, because {error}")
-        record["settings"]["compile"] = "off"
-        rows, failure = report(model, run, text.batch_size, output, record)
+    rows, failure = report_compiled(model, run, text.batch_size, output, record, which.compile == "auto")
     if process_index() > 0:
         return
     print_settings(model, config, which.name, text, sweep)

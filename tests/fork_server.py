@@ -20,12 +20,24 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaF
 import quant_utils  # noqa: F401
 
 
+def measured_coverage():
+    """Started, if COVERAGE_FORKS names a folder for it: .ci/run joins it with that of the tests themselves."""
+    if not (folder := os.environ.get("COVERAGE_FORKS")):
+        return None
+    from coverage import Coverage
+
+    coverage = Coverage(f"{folder}/.coverage", data_suffix=True, source_pkgs=["quant_utils"])
+    coverage.start()
+    return coverage
+
+
 def run(script, *arguments, environment, out, err):
     """Never returns: the child becomes the script, and ends with its exit status."""
     os.environ.update(environment)
     for path, descriptor in ((os.devnull, 0), (out, 1), (err, 2)):
         os.dup2(os.open(path, os.O_RDWR | os.O_CREAT), descriptor)
     sys.argv = [script, *arguments]
+    coverage = measured_coverage()
     status = 0
     try:
         runpy.run_path(script, run_name="__main__")
@@ -36,6 +48,9 @@ def run(script, *arguments, environment, out, err):
         status = 1
     sys.stdout.flush()
     sys.stderr.flush()
+    if coverage is not None:
+        coverage.stop()
+        coverage.save()
     os._exit(status)
 
 
