@@ -6,16 +6,15 @@ to --quantizer_path. Without it they are read from there, with every quantizatio
 Quantization is simulated: this measures accuracy, and saves neither memory nor time.
 """
 
-import shlex
 import signal
+
+signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while all this loads ends us at once
+
+import shlex
 import sys
 from argparse import Namespace
 
-signal.signal(
-    signal.SIGINT, signal.SIG_DFL
-)  # until qu.exit_status takes over: Ctrl-C while torch loads ends us at once
-
-import quant_utils as qu  # noqa: E402
+import quant_utils as qu
 
 EXAMPLES = """examples:
   %(prog)s meta-llama/Llama-3-8B --calibrate --abits 3 --nuq --fisher --include_sparse --quantizer_path nuq3.pkl

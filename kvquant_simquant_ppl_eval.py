@@ -6,14 +6,13 @@ Quantization is simulated: this measures accuracy, and saves neither memory nor 
 """
 
 import signal
+
+signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while all this loads ends us at once
+
 import sys
 from argparse import Namespace
 
-signal.signal(
-    signal.SIGINT, signal.SIG_DFL
-)  # until qu.exit_status takes over: Ctrl-C while torch loads ends us at once
-
-import quant_utils as qu  # noqa: E402
+import quant_utils as qu
 
 EXAMPLES = """examples:
   %(prog)s meta-llama/Llama-3-8B --abits 4 --datasets wikitext2 --seqlen 2048

@@ -31,6 +31,7 @@ import logging
 import math
 import os
 import pickle
+import pickletools
 import random
 import re
 import shutil
@@ -296,8 +297,8 @@ def check_dataset_name(name: str) -> None:
     if not name.lower().endswith(TEXT_FILES):
         known = ", ".join(DATASETS)
         raise UserError(f"unknown dataset {name!r}: give {known}, or a path that ends in {', '.join(TEXT_FILES)}")
-    if not Path(name).is_file():
-        raise UserError(f"text file {name!r} {'is no regular file' if Path(name).exists() else 'does not exist'}")
+    if not os.path.isfile(name):
+        raise UserError(f"text file {name!r} {'is no regular file' if os.path.exists(name) else 'does not exist'}")
     if not os.access(name, os.R_OK):
         raise UserError(f"text file {name!r} cannot be read: check its permissions")
 
@@ -376,7 +377,7 @@ class ModelSpec:
     compile: str = "auto"
 
     def __post_init__(self):
-        if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device):
+        if not re.fullmatch(r"auto|cpu|cuda(:\d{1,2})?", self.device):
             raise UserError(f"device must be auto, cpu, cuda or cuda:N, got {self.device!r}")
         gpus, device = torch.cuda.device_count() if torch.cuda.is_available() else 0, self.torch_device
         if device.type == "cuda" and device.index >= gpus:
@@ -1382,8 +1383,8 @@ def check_writable(paths: Iterable[str | None], inputs: Iterable[str | None]) ->
     No two paths may be the same, none may be one of the inputs or stand in a folder that is one (a model), and what
     exists must be a file that may be written.
     """
-    taken = {Path(other).resolve() for other in inputs if other}
-    taken |= {file.resolve() for folder in taken if folder.is_dir() for file in folder.iterdir()}
+    taken = {Path(os.path.realpath(other)) for other in inputs if other}
+    taken |= {Path(os.path.realpath(file)) for folder in taken if os.path.isdir(folder) for file in folder.iterdir()}
     for path in paths:
         if path is None:
             continue
@@ -1476,7 +1477,7 @@ def load_calibration(path: str) -> dict:
 
     Raises UserError for a file that is absent, damaged, of a later version, or holds anything but data.
     """
-    if not Path(path).is_file():
+    if not os.path.isfile(path):
         raise UserError(f"quantizer file {path!r} does not exist, or is no regular file: make it with --calibrate")
     try:
         with warnings.catch_warnings():
@@ -1601,6 +1602,10 @@ def read_kvquant(path: str) -> dict:
     [1,C] for keys; for values, whose range is dynamic, they are ignored. It names bits and codebook for NUQ only.
     """
     with open(path, "rb") as file:
+        for opcode, number, _ in pickletools.genops(file):  # the unpickler makes room for as many objects
+            if opcode.name in ("PUT", "LONG_BINPUT") and isinstance(number, int) and number > os.path.getsize(path):
+                raise RefusedPickle(f"it numbers an object {number}, and has no room for so many")
+        file.seek(0)
         published = TensorUnpickler(file).load()
     quantizers, widths, settings = {}, {}, dict[str, Any]()
     for name, (upper, lower, *rest) in published.items():
@@ -1702,9 +1707,10 @@ def one_line_errors(what: str, instead: str) -> Iterator[None]:
         def caused_by(*kinds: type) -> bool:
             return any(isinstance(link, kinds) for link in chain)
 
+        is_cut = any(each.__name__ == "TransportError" for link in chain for each in type(link).__mro__)  # of httpx
         if caused_by(GatedRepoError):
             advice = "it is gated: accept its licence on its hub page, then log in with `hf auth login`"
-        elif caused_by(OfflineModeIsEnabled, LocalEntryNotFoundError, ConnectionError, TimeoutError):
+        elif caused_by(OfflineModeIsEnabled, LocalEntryNotFoundError, ConnectionError, TimeoutError) or is_cut:
             cure = "unset HF_HUB_OFFLINE" if HF_HUB_OFFLINE else "check the network"
             advice = f"the hub cannot be reached and no copy is cached: {cure}, or give {instead}"
         elif caused_by(ImportError):
@@ -1724,11 +1730,11 @@ def load_config_and_tokenizer(name: str):
     from transformers import AutoConfig, AutoTokenizer
 
     folder = Path(name)
-    if folder.is_file():
+    if os.path.isfile(name):
         raise UserError(f"model {name!r} is a file: give the folder that holds it, with its config.json")
-    if folder.is_dir() and name and not (folder / "config.json").is_file():
+    if os.path.isdir(name) and not (folder / "config.json").is_file():
         raise UserError(f"model folder {name!r} has no config.json: give a folder written by save_pretrained")
-    if not name or (not folder.is_dir() and not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name)):
+    if not name or (not os.path.isdir(name) and not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name)):
         raise UserError(f"model {name!r} is neither a folder nor a hub id such as meta-llama/Llama-3-8B")
     with one_line_errors(f"model {name!r}", "a local folder"):
         loaders = (AutoConfig, AutoTokenizer)
@@ -1820,9 +1826,9 @@ def read_text_file(path: str) -> list[str]:
 
         with one_line_errors(f"text file {path!r}", "another file"):
             rows = Dataset.from_parquet(path, keep_in_memory=True)
+            texts = rows.select_columns("text")[:]["text"] if "text" in rows.column_names else []
         if "text" not in rows.column_names:
             raise UserError(f"text file {path!r} has no column `text`; its columns are: {', '.join(rows.column_names)}")
-        texts = rows[:]["text"]
         if bad := [number for number, text in enumerate(texts, 1) if not isinstance(text, str)]:
             raise UserError(f"text file {path!r}, row {bad[0]} has no string under `text`: remove such rows")
         return texts
@@ -1936,7 +1942,7 @@ def load_calibration_windows(config, tokenizer, spec: CalibrationSpec) -> Tensor
     """[nsamples, seqlen] ids of the calibration text, checked against what a model of this config can take."""
     need, free = 8 * spec.nsamples * spec.seqlen, free_memory("cpu")
     if need > free:
-        raise UserError(f"nsamples {spec.nsamples} takes {need / 2**30:.0f} GiB for the token ids alone: lower it")
+        raise UserError(f"nsamples {spec.nsamples} takes {need >> 30} GiB for the token ids alone: lower it")
     if spec.dataset == "c4":
         documents, encode = load_documents("c4", "train"), partial(tokenize, tokenizer)
         windows = sample_documents(documents, encode, spec.seqlen, spec.nsamples, spec.seed)
@@ -2942,7 +2948,7 @@ class Parser(ArgumentParser):
         """Exit with status 2 after one line, of the main process."""
         if process_index() > 0:
             self.exit(2)
-        self.exit(2, f"{self.prog}: error: {' '.join(message.split())} (--help lists the flags)\n")
+        self.exit(2, f"{self.prog}: error: {one_line(message)} (--help lists the flags)\n")
 
 
 class ProjectionList(Action):
@@ -3218,8 +3224,6 @@ def exit_status(main: Callable[[], None]) -> int:
     """The exit status of main: 0, 2 after a one-line error for what the user can mend, 1 if the system fails, 130 after
     Ctrl-C, 143 after SIGTERM, 141 if the reader of stdout has gone.
     """
-    for signum in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(signum, stop)  # the scripts' imports end on Ctrl-C without a word
     nowhere = open(os.devnull, "w")  # noqa: SIM115, for a stream that the caller has closed
     sys.stdout, sys.stderr = sys.stdout or nowhere, sys.stderr or nowhere
     if process_index() > 0:
@@ -3228,8 +3232,14 @@ def exit_status(main: Callable[[], None]) -> int:
         sys.stdout.reconfigure(errors="backslashreplace")
     status, message, is_ours = 0, None, process_index() == 0
     try:
-        main()
-        sys.stdout.flush()
+        try:
+            for signum in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(signum, stop)  # the scripts' imports end on Ctrl-C without a word
+            main()
+            sys.stdout.flush()
+        finally:  # what is to be said is said in peace
+            for signum in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(signum, signal.SIG_IGN)
     except UserError as error:
         status, message, is_ours = 2, f"error: {error}", is_ours or isinstance(error, ProcessError)
     except (MemoryError, RuntimeError) as error:
@@ -3247,6 +3257,4 @@ def exit_status(main: Callable[[], None]) -> int:
         print(f"{Path(sys.argv[0]).name}: {one_line(message)}", file=sys.stderr)
     if status in (1, 141):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python's own flush at exit fails again
-    for signum in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(signum, signal.SIG_IGN)  # all is said
     return status
