@@ -990,7 +990,8 @@ def check_against_cache(model: PreTrainedModel, sites: Mapping[str, Site]) -> No
     def watcher(name: str, site: Site) -> Hook:
         return lambda module, args, out: seen.update({name: site.read(out)[0].clone()})
 
-    ids = torch.arange(5, 9, device=input_device(model))[None]  # padding, an embedding of zeros, tends to come before
+    ids = torch.arange(5, 9, device=input_device(model))[None]  # padding, embedded as zeros, tends to come before
+    ids %= model.get_input_embeddings().weight.shape[0]
     with hooked((site.module, watcher(name, site)) for name, site in sites.items()):
         try:
             output = model.get_decoder()(input_ids=ids, use_cache=True)
@@ -2564,7 +2565,10 @@ def print_plan(
     windows = sum(map(len, texts.values()))
     besides, operations = estimate(model, text, windows, rows)
     weights, free = parameter_bytes(config, how.dtype), free_memory(device)
-    print(f"memory: about {gib(weights)} of weights and {gib(besides)} besides; {gib(free)} are free on {device}")
+    enough = "" if weights + besides < free else ": too little, without other GPUs"
+    print(
+        f"memory: about {gib(weights)} of weights and {gib(besides)} besides; {gib(free)} are free on {device}{enough}"
+    )
     rate = product_rate(device, model.dtype)
     seconds = math.ceil(OVERHEAD * operations / rate / process_count())
     passes = f"{windows * rows} forward passes at {rate / 1e12:.2g} TFLOP/s"
