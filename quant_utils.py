@@ -991,7 +991,7 @@ def check_against_cache(model: PreTrainedModel, sites: Mapping[str, Site]) -> No
         return lambda module, args, out: seen.update({name: site.read(out)[0].clone()})
 
     ids = torch.arange(5, 9, device=input_device(model))[None]  # padding, embedded as zeros, tends to come before
-    ids %= model.get_input_embeddings().weight.shape[0]
+    ids %= model.config.get_text_config().vocab_size
     with hooked((site.module, watcher(name, site)) for name, site in sites.items()):
         try:
             output = model.get_decoder()(input_ids=ids, use_cache=True)

@@ -5,6 +5,7 @@ each environment that runs the script as __main__, all at once, and answers with
 (negative: the signal that ended it).
 """
 
+import contextlib
 import json
 import os
 import runpy
@@ -21,7 +22,7 @@ import quant_utils  # noqa: F401
 
 
 def measured_coverage():
-    """Started, if COVERAGE_FORKS names a folder for it: .ci/run joins it with that of the tests themselves."""
+    """Started, if COVERAGE_FORKS names a folder for it, where pytest-cov joins it with that of the tests themselves."""
     if not (folder := os.environ.get("COVERAGE_FORKS")):
         return None
     from coverage import Coverage
@@ -50,7 +51,8 @@ def run(script, *arguments, environment, out, err):
     sys.stderr.flush()
     if coverage is not None:
         coverage.stop()
-        coverage.save()
+        with contextlib.suppress(Exception):  # a test of a full disk
+            coverage.save()
     os._exit(status)
 
 
