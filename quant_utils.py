@@ -136,7 +136,7 @@ def join_others() -> None:
         interruptible(lambda: [PartialState(cpu=True, backend="gloo", timeout=timedelta(days=7))], waiting)
     except (ValueError, RuntimeError) as error:
         advice = "start them with `accelerate launch`, or unset WORLD_SIZE"
-        raise UserError(f"{count} processes do not find each other ({error}): {advice}") from error
+        raise ProcessError(f"{count} processes do not find each other ({error}): {advice}") from error
 
 
 def gather(items: list) -> list:
@@ -359,6 +359,17 @@ class CalibrationSpec:
             raise ValueError(f"fisher must be None, 'paper' or 'code', got {self.fisher!r}")
 
 
+def own_attention(config) -> str:
+    """sdpa, or eager for families that have no other."""
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    try:
+        kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+        return "sdpa" if kind._supports_sdpa else "eager"
+    except (KeyError, AttributeError):  # a family that is not in the library, or does not say
+        return "sdpa"
+
+
 @dataclass(frozen=True)
 class ModelSpec:
     """Which model, how it is loaded and run.
@@ -366,7 +377,7 @@ class ModelSpec:
     dtype                auto: the checkpoint's own on a GPU or if its weights are quantized, else float32
     device               auto: the first GPU if there is one, all of them if the model is larger (load_model sees), else
                          the CPU; of several processes each has its own GPU
-    attn_implementation  auto: flash_attention_2 if installed and in half precision on a GPU, else sdpa
+    attn_implementation  auto: flash_attention_2 if installed and in half precision on a GPU, else sdpa (see own_attention)
     compile              on: decoder layers are compiled for the evaluation; auto: on a GPU (see compiled)
     """
 
@@ -410,7 +421,7 @@ class ModelSpec:
         if attention == "auto":
             half = device.type == "cuda" and dtype in ("float16", "bfloat16")
             flash = half and importlib.util.find_spec("flash_attn") is not None
-            attention = "flash_attention_2" if flash else "sdpa"
+            attention = "flash_attention_2" if flash else own_attention(config)
         return ModelSpec(self.name, dtype, str(device), attention, self.compile)
 
 
@@ -964,6 +975,8 @@ def find_sites(model: PreTrainedModel, specs: Collection[str]) -> dict[str, Site
         if "kv_b_proj" in leaves:
             has = "it expands both from a compressed latent (multi-head latent attention), which is not supported"
         raise UserError(f"{kind} has no projection {', '.join(missing)}; {has}")
+    if set(specs) & set(CACHE_PARTS) and getattr(model.get_decoder().config, "clip_qkv", None):
+        raise UserError(f"{kind} clips keys and values behind the projections (clip_qkv): not supported yet")
     sites = {name: site for name, site in known.items() if name.rpartition(".")[2] in specs}
     for name, site in sites.items():
         parent, _, leaf = name.rpartition(".")
@@ -995,12 +1008,12 @@ def check_against_cache(model: PreTrainedModel, sites: Mapping[str, Site]) -> No
     with hooked((site.module, watcher(name, site)) for name, site in sites.items()):
         try:
             output = model.get_decoder()(input_ids=ids, use_cache=True)
-        except RuntimeError as error:
+        except (RuntimeError, ValueError, TypeError, LookupError, AttributeError) as error:
             if is_out_of_memory(error):
                 raise
             how, reason = f"{dtype_name(model)} on {model.device}", one_line(str(error))[:200]
             raise UserError(f"{type(model).__name__} does not run in {how}: {reason}; try another --dtype") from error
-    layers = getattr(output.past_key_values, "layers", ())
+    layers = getattr(getattr(output, "past_key_values", None), "layers", ())
     for name in sites:
         part, layer = CACHE_PARTS.get(name.rpartition(".")[2]), layer_of(name)
         held = getattr(layers[layer], part, None) if part and layer is not None and layer < len(layers) else None
@@ -1331,7 +1344,8 @@ def calibrate(
     def activations(name: str) -> Tensor:
         x = seen[name].to(device_of(sites[name].module))
         if not x.isfinite().all():
-            raise UserError(f"{name} overflows in {dtype_name(model)}, or never ran: try --dtype bfloat16 or float32")
+            advice = "the model is broken" if model.dtype == torch.float32 else "try --dtype bfloat16 or float32"
+            raise UserError(f"{name} gives nan or inf in {dtype_name(model)}, or never ran: {advice}")
         return x
 
     ranges = {name: fit_range(activations(name), specs[name.rpartition(".")[2]]) for name in sites}
@@ -1644,6 +1658,10 @@ def stored_quantizers(path: str, data: Mapping, model: PreTrainedModel, specs: K
 
     Raises UserError if the file was made for a model of another shape, or holds no usable quantizer.
     """
+    made_for = data["model"].get("type", model.config.model_type)
+    if made_for != model.config.model_type:
+        sides = f"a model of type {made_for}, and this one is {model.config.model_type}"
+        raise UserError(f"quantizer file {path!r} was calibrated for {sides}: calibrate again")
     sites = find_sites(model, specs)
     stored = {name: parts for name, parts in data["quantizers"].items() if name.rpartition(".")[2] in specs}
     widths = {name: site.width for name, site in sites.items()}
@@ -1714,6 +1732,8 @@ def one_line_errors(what: str, instead: str) -> Iterator[None]:
         elif caused_by(OfflineModeIsEnabled, LocalEntryNotFoundError, ConnectionError, TimeoutError) or is_cut:
             cure = "unset HF_HUB_OFFLINE" if HF_HUB_OFFLINE else "check the network"
             advice = f"the hub cannot be reached and no copy is cached: {cure}, or give {instead}"
+        elif re.search("attn_implementation|attention implementation", str(error)):
+            advice = "it has no such attention: give --attn_implementation eager"
         elif caused_by(ImportError):
             advice = f"it needs a library that is not installed: {' '.join(str(error).split())[:200]}"
         elif caused_by(RepositoryNotFoundError):
@@ -2496,19 +2516,19 @@ def spec_lines(sweep: Mapping[int, KVSpec]) -> dict[str, str]:
 
 
 def print_sites(model: PreTrainedModel, sweep: Mapping[int, KVSpec]) -> None:
-    """--list_sites: every site, which module gives it, its channels, and how it is quantized."""
+    """--list_sites: every site, which module gives it, and its channels; how they are quantized."""
     how = spec_lines(sweep)
     sites = find_sites(model, how)
-    rows = [("site", "output of", "channels", "quantized to")]
+    rows = [("site", "output of", "channels")]
     for name, site in sites.items():
-        leaf = name.rpartition(".")[2]
         fused = f", block {site.place.block}" if site.place.block is not None else ""
-        rows.append((name, f"{site.place.module}{fused}", str(site.width), how[leaf]))
+        rows.append((name, f"{site.place.module}{fused}", str(site.width)))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         print("  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip())
-    count = len({layer_of(name) for name in sites})
-    print(f"\n{type(model).__name__}: {len(sites)} sites in {count} layers" if sites else "nothing is quantized")
+    print(f"\n{type(model).__name__}: {len(sites)} sites" if sites else "nothing is quantized")
+    for projection, line in how.items():
+        print(f"{projection}: {line}")
 
 
 def gib(count: float) -> str:
@@ -2532,7 +2552,7 @@ def product_rate(device: torch.device, dtype: torch.dtype) -> float:
 
 def estimate(model: PreTrainedModel, text: EvalSpec, windows: int, rows: int) -> tuple[float, float]:
     """(bytes besides the weights, floating-point operations) of measuring windows in that many settings, roughly."""
-    shape, tokens = model.config.get_text_config(), text.seqlen * (text.batch_size or 1)
+    shape, tokens = model.config.get_text_config(), text.seqlen * min(text.batch_size or 1, windows)
     width = 4 * shape.hidden_size + 2 * getattr(shape, "intermediate_size", 4 * shape.hidden_size)
     logits = 12 * HEAD_TOKENS * shape.vocab_size * min(rows, 2)  # fp32: they, their logarithms, and one more
     experts = next((n for name in EXPERTS if (n := getattr(shape, name, None))), 1)

@@ -213,7 +213,7 @@ def test_the_table_in_the_readme_is_this_one():
 def refused(kind, changes, match):
     with pytest.raises(qu.UserError, match=match):
         model = tiny(kind, changes)
-        qu.check_against_cache(model, qu.find_sites(model, {"k_proj", "v_proj"}))
+        qu.check_against_cache(model, qu.find_sites(model, ["k_proj", "v_proj"]))
 
 
 def test_a_compressed_latent_is_refused_with_the_reason():
@@ -225,6 +225,24 @@ def test_a_compressed_latent_is_refused_with_the_reason():
 def test_a_fused_projection_that_no_one_has_described_is_refused_with_what_there_is():
     changes = {"num_key_value_heads": 4}
     refused("gpt_neox", changes, "GPTNeoXForCausalLM has no projection k_proj, v_proj; it has: query_key_value, dense")
+
+
+def test_keys_that_are_clipped_behind_the_projection_are_refused():
+    refused("olmo", {"clip_qkv": 2.0}, r"OlmoForCausalLM clips keys and values behind the projections \(clip_qkv\)")
+
+
+def test_a_model_without_a_cache_like_ours_is_one_line():
+    refused(
+        "recurrent_gemma", {"lru_width": 32, "num_hidden_layers": 3}, "this family is not supported yet|does not run"
+    )
+
+
+def test_families_without_sdpa_get_eager_attention():
+    kinds = {kind: AutoConfig.for_model(kind, **TINY) for kind in ("gpt_oss", "llama")}
+    chosen = {
+        kind: qu.ModelSpec("m", device="cpu").resolved(config).attn_implementation for kind, config in kinds.items()
+    }
+    assert chosen == {"gpt_oss": "eager", "llama": "sdpa"}
 
 
 def test_norms_that_no_one_has_described_are_refused(monkeypatch):

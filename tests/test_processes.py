@@ -140,6 +140,10 @@ def test_processes_that_do_not_meet_are_one_line():
     (process,) = run_together([alone], DYNAMIC_SCRIPT, *SWEEP)
     assert process.returncode == 2 and process.stderr.count("\n") == 1
     assert "2 processes do not find each other" in process.stderr and "WORLD_SIZE" in process.stderr
+    (process,) = run_together(
+        [{"WORLD_SIZE": "2", "RANK": "1", "MASTER_ADDR": "", "MASTER_PORT": ""}], DYNAMIC_SCRIPT, *SWEEP
+    )
+    assert process.returncode == 2 and process.stderr.count("\n") == 1 and "do not find each other" in process.stderr
 
 
 def test_a_rank_beyond_the_others_is_one_line():
