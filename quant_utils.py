@@ -377,7 +377,7 @@ class ModelSpec:
     dtype                auto: the checkpoint's own on a GPU or if its weights are quantized, else float32
     device               auto: the first GPU if there is one, all of them if the model is larger (load_model sees), else
                          the CPU; of several processes each has its own GPU
-    attn_implementation  auto: flash_attention_2 if installed and in half precision on a GPU, else sdpa (see own_attention)
+    attn_implementation  auto: flash_attention_2 if installed and in half precision on a GPU, else own_attention
     compile              on: decoder layers are compiled for the evaluation; auto: on a GPU (see compiled)
     """
 
