@@ -67,8 +67,8 @@ def take_stored_settings(args: Namespace, given: dict, stored: dict) -> None:
         setattr(args, name, value)
 
 
-def calibrate(args: Namespace, given: dict) -> None:
-    """Fit, save, and print how well the quantizers fit and how to evaluate them."""
+def calibration(args: Namespace, given: dict) -> tuple[dict, qu.CalibrationSpec]:
+    """({bits: specs} to fit, how); UserError for flags that do not go with --calibrate."""
     for name, value in given.items():
         flag = f"--{name}" if value is True else f"--{name} {value}"
         if name in EVALUATION:
@@ -83,7 +83,12 @@ def calibrate(args: Namespace, given: dict) -> None:
     if args.quantizer_path is None:
         raise qu.UserError("--calibrate needs --quantizer_path FILE to save the quantizers to")
     check_exportable(args, sweep)
+    return sweep, how
 
+
+def calibrate(args: Namespace, given: dict) -> None:
+    """Fit, save, and print how well the quantizers fit and how to evaluate them."""
+    sweep, how = calibration(args, given)
     with qu.one_for_all():
         which = qu.model_spec(args)
         qu.check_writable([args.quantizer_path, args.export_kvquant], [how.dataset, which.name])
