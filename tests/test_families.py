@@ -237,6 +237,21 @@ def test_a_model_without_a_cache_like_ours_is_one_line():
     )
 
 
+def test_a_vocabulary_of_a_few_words_is_checked_too():
+    model = tiny("llama", {"vocab_size": 6})
+    qu.check_against_cache(model, qu.find_sites(model, ["k_proj", "v_proj"]))
+
+
+def test_broken_weights_are_not_called_an_overflow():
+    model = tiny("llama", {})
+    model.model.layers[1].self_attn.k_proj.weight.fill_(math.nan)
+    specs = {"k_proj": qu.QuantSpec(qu.PER_CHANNEL, 3)}
+    with pytest.raises(
+        qu.UserError, match=r"layers\.1\.self_attn\.k_proj gives nan or inf in float32.*the model is broken"
+    ):
+        qu.calibrate(model, torch.randint(3, 48, (1, 24)), {3: specs}, qu.CalibrationSpec())
+
+
 def test_families_without_sdpa_get_eager_attention():
     kinds = {kind: AutoConfig.for_model(kind, **TINY) for kind in ("gpt_oss", "llama")}
     chosen = {

@@ -58,6 +58,15 @@ def test_saved_and_loaded_quantizers_give_bit_identical_logits(model, quantizers
     assert torch.equal(logits(model, loaded, windows), logits(model, quantizers, windows))
 
 
+def test_a_file_of_another_family_is_refused(model, saved):
+    data = qu.load_calibration(saved)
+    data["model"]["type"] = "qwen2"
+    with pytest.raises(
+        qu.UserError, match="calibrated for a model of type qwen2, and this one is llama: calibrate again"
+    ):
+        qu.stored_quantizers(saved, data, model, SPECS)
+
+
 @pytest.mark.parametrize("q_norm", [False, True])
 def test_export_is_read_by_plain_pickle_and_by_our_reader(model, quantizers, windows, tmp_path, q_norm):
     if q_norm:
