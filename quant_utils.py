@@ -2504,21 +2504,24 @@ def print_settings(model: PreTrainedModel, config, name: str, text: EvalSpec, sw
     print(f"\n{name}: {how}{weights_line(config)}, windows of {text.seqlen} tokens")
     for dataset in text.datasets:
         print(f"{dataset}: {DATASETS.get(dataset, 'documents joined by blank lines, in disjoint windows')}")
-    for projection, how in spec_lines(sweep).items():
-        print(f"{projection}: {how}")
+    print_specs(sweep)
 
 
-def spec_lines(sweep: Mapping[int, KVSpec]) -> dict[str, str]:
-    """{"k_proj": "4, 3-bit uniform per channel", ...}."""
+def specs_of(sweep: Mapping[int, KVSpec]) -> KVSpec:
+    """Those of the first width that quantizes: widths differ in bits alone. {} if none does."""
+    return next(filter(None, sweep.values()), {})
+
+
+def print_specs(sweep: Mapping[int, KVSpec]) -> None:
+    """Such as k_proj: 4, 3-bit uniform per channel."""
     widths = ", ".join(str(bits) for bits, specs in sweep.items() if specs)
-    specs = next(filter(None, sweep.values()), {})
-    return {leaf: f"{widths}{str(spec).removeprefix(str(spec.bits))}" for leaf, spec in specs.items()}
+    for projection, spec in specs_of(sweep).items():
+        print(f"{projection}: {widths}{str(spec).removeprefix(str(spec.bits))}")
 
 
 def print_sites(model: PreTrainedModel, sweep: Mapping[int, KVSpec]) -> None:
     """--list_sites: every site, which module gives it, and its channels; how they are quantized."""
-    how = spec_lines(sweep)
-    sites = find_sites(model, how)
+    sites = find_sites(model, specs_of(sweep))
     rows = [("site", "output of", "channels")]
     for name, site in sites.items():
         fused = f", block {site.place.block}" if site.place.block is not None else ""
@@ -2527,8 +2530,7 @@ def print_sites(model: PreTrainedModel, sweep: Mapping[int, KVSpec]) -> None:
     for row in rows:
         print("  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip())
     print(f"\n{type(model).__name__}: {len(sites)} sites" if sites else "nothing is quantized")
-    for projection, line in how.items():
-        print(f"{projection}: {line}")
+    print_specs(sweep)
 
 
 def gib(count: float) -> str:
@@ -2572,14 +2574,13 @@ def print_plan(
 ) -> None:
     """--dry_run: the settings and windows, which are exact, and memory and time, which are rough."""
     model, device = skeleton(config, how.dtype), how.torch_device
-    sites = find_sites(model, next(filter(None, sweep.values()), {}))
+    sites = find_sites(model, specs_of(sweep))
     nothing: dict[str, Any] = dict.fromkeys(sites)
     rows = 1 + len(attribution_settings(Setting(0, "", nothing))) if attribution else len(sweep)
     batch = f"batch_size {text.batch_size or 'auto'}, compile {how.compile}"
     print(f"{how.name}: {how.dtype} on {device}, {how.attn_implementation} attention{weights_line(config)}, {batch}")
     print(f"settings: {rows}, of {', '.join(map(str, sweep))} bits{' (attribution)' * attribution}")
-    for projection, line in spec_lines(sweep).items():
-        print(f"{projection}: {line}")
+    print_specs(sweep)
     for name, each in texts.items():
         print(f"{name}: {len(each)} windows of {text.seqlen} tokens")
     windows = sum(map(len, texts.values()))
@@ -2600,10 +2601,9 @@ def print_calibration_plan(
 ) -> None:
     """--dry_run of a calibration: as print_plan."""
     model, device = skeleton(config, how.dtype), how.torch_device
-    sites = find_sites(model, next(iter(sweep.values())))
+    sites = find_sites(model, specs_of(sweep))
     print(f"{how.name}: {how.dtype} on {device}, {how.attn_implementation} attention{weights_line(config)}")
-    for projection, line in spec_lines(sweep).items():
-        print(f"{projection}: {line}")
+    print_specs(sweep)
     count, tokens = windows.shape
     print(f"{calibration.dataset}: {count} windows of {tokens} tokens, seed {calibration.seed}")
     activations = windows.numel() * sum(site.width for site in sites.values()) * model.dtype.itemsize
@@ -3182,7 +3182,7 @@ def settings_of(
     attribution: bool,
 ) -> list[Setting]:
     """The rows of a run: a setting for each width, or one width taken apart behind the unquantized model."""
-    if quantized := next(filter(None, sweep.values()), None):
+    if quantized := specs_of(sweep):
         check_against_cache(model, find_sites(model, quantized))
     settings = []
     for bits, specs in sweep.items():
