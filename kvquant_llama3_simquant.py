@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""What a KVQuant KV cache costs a Llama-style model in perplexity: calibrate once, then evaluate.
+"""What a KVQuant KV cache costs a language model in perplexity: calibrate once, then evaluate.
 
 With --calibrate, ranges of the keys and, with --nuq, codebooks of keys and values are fitted on sample text and saved
 to --quantizer_path. Without it they are read from there, with every quantization setting that the command leaves out.
@@ -8,13 +8,16 @@ Quantization is simulated: this measures accuracy, and saves neither memory nor 
 
 import signal
 
-signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while all this loads ends us at once
+signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while libraries load ends the process without a traceback
 
 import shlex
 import sys
-from argparse import Namespace
+from argparse import ArgumentTypeError
+from dataclasses import replace
 
-import quant_utils as qu
+from simquant import processes, run
+from simquant.flags import CalibratedFlags, checked, of_the_fit, parse, with_method
+from simquant.parsing import width_list
 
 EXAMPLES = """examples:
   %(prog)s meta-llama/Llama-3-8B --calibrate --abits 3 --nuq --fisher --include_sparse --quantizer_path nuq3.pkl
@@ -22,146 +25,90 @@ EXAMPLES = """examples:
   %(prog)s meta-llama/Llama-3-8B --calibrate --abits 4,3,2 --nuq --quantizer_path nuq.pkl     three widths in one pass
   %(prog)s meta-llama/Llama-3-8B --quantizer_path nuq.pkl --baseline --plot nuq.png           all, against fp16
 """
-QUANTIZATION = (
-    "abits", "perchannel", "pertoken", "include_sparse", "sparsity_threshold", "first_few_fp16", "nf", "nuq",
-    "norm", "clamp", "cap_outliers",
-)  # fmt: skip
-CALIBRATION = ("fisher", "fisher_weighting", "calib_dataset", "nsamples", "seed")
-EVALUATION = (
-    "baseline", "attribution", "output", "resume", "report_context", "plot", "plot_activations", "plot_layer",
-)  # fmt: skip
-WITHOUT_EFFECT = ("datasets", "limit", "batch_size", "compile")
 
 
-def parse_args() -> tuple[Namespace, dict]:
-    """(every flag with its default, the flags that the command line gives)."""
-    parser = qu.Parser(description=__doc__, epilog=EXAMPLES)
-    qu.add_model_flags(parser)
-    qu.add_quantization_flags(parser)
-    qu.add_calibration_flags(parser)
-    qu.add_text_flags(parser)
-    qu.add_output_flags(parser)
-    defaults, absent = vars(parser.parse_args(["any"])), object()
-    args = parser.parse_args(namespace=Namespace(**dict.fromkeys(defaults, absent)))
-    given = {name: value for name, value in vars(args).items() if value is not absent}
-    return Namespace(**defaults | given), given
-
-
-def take_stored_settings(args: Namespace, given: dict, stored: dict) -> None:
-    """Set what the command line leaves out to what the quantizer file says; refuse a contradiction."""
-
-    def comparable(value):
-        return sorted(value) if isinstance(value, list) else value
-
-    widths = stored.pop("abits", None)
-    if widths is None and "abits" not in given:
-        raise qu.UserError(f"{args.quantizer_path!r} does not say how many bits it is for: give --abits")
-    if widths is not None and (others := set(given.get("abits", ())) - {*widths, qu.UNQUANTIZED}):
-        sides = f"{sorted(others)} on the command line contradicts {widths} in {args.quantizer_path!r}"
-        raise qu.UserError(f"abits: {sides}; leave the flag out, or calibrate again")
-    args.abits = given.get("abits", widths)
+def with_stored(flags: CalibratedFlags, given: dict, stored: dict) -> CalibratedFlags:
+    """Return flags with what the command line leaves out as the quantizer file says it. An error if they contradict."""
+    path, usual = flags.quantizer_path, of_the_fit(CalibratedFlags(model=flags.model))
     for name, value in stored.items():
-        if name in given and comparable(given[name]) != comparable(value):
-            sides = f"{given[name]} on the command line contradicts {value} in {args.quantizer_path!r}"
-            raise qu.UserError(f"{name}: {sides}; leave the flag out, or calibrate again")
-        setattr(args, name, value)
+        if name not in usual or type(value) not in {type(usual[name]), *([float] if usual[name] is None else [])}:
+            raise ArgumentTypeError(f"quantizer file {path!r} is damaged: its {name!r} is unknown, or of another type")
+    stored = {name: tuple(value) if isinstance(value, list) else value for name, value in stored.items()}
+    stored |= with_method(CalibratedFlags, {name: True for name in ("nf", "nuq") if stored.get(name)})  # version 2
+    if "abits" in stored:
+        stored["abits"] = width_list(",".join(map(str, stored["abits"])))
+        for part in ("keys", "values"):
+            has = {width.of(part) for width in stored["abits"]}
+            if lacks := {width.of(part) for width in given.get("abits", ())} - has - {16}:
+                raise ArgumentTypeError(f"--abits: {path!r} has {part} of {sorted(has)} bits, and not {sorted(lacks)}")
+    elif "abits" not in given:
+        raise ArgumentTypeError(f"{path!r} does not say how many bits it is for: give --abits")
+    for name in (name for name in stored if name in given and name != "abits"):
+        if given[name] != stored[name]:
+            sides = f"{given[name]} on the command line contradicts {stored[name]} in {path!r}"
+            raise ArgumentTypeError(f"--{name}: {sides}; leave the flag out, or calibrate again")
+    return checked(replace(flags, **(stored | given)), given)
 
 
-def calibration(args: Namespace, given: dict) -> tuple[dict, qu.CalibrationSpec]:
-    """({bits: specs} to fit, how); UserError for flags that do not go with --calibrate."""
-    for name, value in given.items():
-        flag = f"--{name}" if value is True else f"--{name} {value}"
-        if name in EVALUATION:
-            raise qu.UserError(f"{flag} is for an evaluation: leave it out with --calibrate")
-        if name in WITHOUT_EFFECT:
-            qu.warn(f"--{name} has no effect with --calibrate")
-    sweep, how = qu.kv_sweep(args), qu.calibration_spec(args)
-    if qu.UNQUANTIZED in sweep:
-        raise qu.UserError("--calibrate has nothing to fit with --abits 16: leave 16 out")
-    if not all(sweep.values()):
-        raise qu.UserError("--calibrate has nothing to fit without --perchannel and --pertoken")
-    if args.quantizer_path is None:
-        raise qu.UserError("--calibrate needs --quantizer_path FILE to save the quantizers to")
-    check_exportable(args, sweep)
-    return sweep, how
-
-
-def calibrate(args: Namespace, given: dict) -> None:
+def calibrate(flags: CalibratedFlags, given: dict) -> None:
     """Fit, save, and print how well the quantizers fit and how to evaluate them."""
-    sweep, how = calibration(args, given)
-    with qu.one_for_all():
-        which = qu.model_spec(args)
-        qu.check_writable([args.quantizer_path, args.export_kvquant], [how.dataset, which.name])
-        qu.quiet_libraries(args.quiet)
-        config, tokenizer = qu.load_config_and_tokenizer(which.name)
-        if args.list_sites:
-            qu.print_sites(qu.skeleton(config), sweep)
-            return
-        windows = qu.load_calibration_windows(config, tokenizer, how)
-        if args.dry_run:
-            qu.print_calibration_plan(config, which.resolved(config), how, windows, sweep)
-            return
-        model = qu.load_model(which, config)
+    run.begin(flags, given)
+    import quant_utils as qu
+    from simquant import files, kvquant_file, models, quantizer_file, texts
 
-    with qu.one_of_many():
-        fitted = qu.calibrate(model, windows, sweep, how)
-    if qu.process_index() > 0:
+    path = flags.quantizer_path or ""
+    files.check_writable([path, flags.export_kvquant], [flags.calib_dataset, flags.model])
+    config, tokenizer = models.load_config_and_tokenizer(flags.model)
+    windows, shape = texts.load_for_calibration(flags, config, tokenizer), models.skeleton(flags, config)
+    settings = flags.plan().settings(sites := run.checked_sites(shape, flags))
+    models.check_host_memory(windows, settings, shape.dtype)
+    if flags.dry_run:
+        run.print_plan(flags, shape, sites, settings, {flags.calib_dataset: windows})
         return
-    quantizers = {bits: {name: quantizer for name, (quantizer, _) in sites.items()} for bits, sites in fitted.items()}
-    settings = {name: getattr(args, name) for name in QUANTIZATION + CALIBRATION}
-    qu.save_calibration(args.quantizer_path, quantizers, qu.provenance(model, which.name, settings, how.seqlen))
-    if args.export_kvquant is not None:
-        qu.export_kvquant(args.export_kvquant, quantizers[args.abits[0]])
-    print(qu.fit_table(fitted))
-    command = ["python3", sys.argv[0], which.name, "--quantizer_path", args.quantizer_path]
-    command += ["--datasets", how.dataset, "--seqlen", str(how.seqlen)]
+    model = models.load_model(flags, config)
+    settings, gradients = flags.plan().settings(run.checked_sites(model, flags)), None
+    fits: dict = {}
+
+    def on_fit(row, site, quantizer, x, given) -> None:
+        fits[row, site] = quantizer_file.Fit.of(quantizer, x, given)
+
+    with models.checkpointing_if_short(model, flags.seqlen):
+        if flags.fisher and processes.count() > 1:
+            mine, whole = windows[processes.index() :: processes.count()], next(iter(settings.values()))
+            gradients = processes.interleave(qu.record(model, whole, mine, gradients=True))
+        fitted = qu.calibrate(model, windows, settings, gradients, on_fit)
+    if processes.index() > 0:
+        return
+    shape_of = {
+        "name": flags.model,
+        "type": config.model_type,
+        "channels": {site.name: site.channels for site in sites},
+    }
+    about = {"model": shape_of, "settings": of_the_fit(flags), "calibration": {"seqlen": flags.seqlen}}
+    quantizer_file.save(path, fitted, about | {"versions": models.versions()})
+    if flags.export_kvquant is not None:
+        kvquant_file.export(flags.export_kvquant, run.narrowest(fitted))
+    print(quantizer_file.fit_table(dict(sorted(fits.items(), key=lambda each: list(fitted).index(each[0][0])))))
+    command = ["python3", sys.argv[0], flags.model, "--quantizer_path", path, "--datasets", flags.calib_dataset]
+    command += ["--seqlen", str(flags.seqlen)]
     for name in ("dtype", "device", "attn_implementation"):
-        command += [f"--{name}", getattr(args, name)] if getattr(args, name) != "auto" else []
-    print(f"\nSaved to {args.quantizer_path}. To evaluate:\n{shlex.join(command)}")
-
-
-def check_exportable(args: Namespace, sweep: dict) -> None:
-    """Raise UserError unless there is one width to export, or none is to be."""
-    widths = [bits for bits, specs in sweep.items() if specs]
-    if args.export_kvquant is not None and len(widths) != 1:
-        has = ", ".join(map(str, widths)) or "nothing is quantized"
-        raise qu.UserError(f"--export_kvquant {args.export_kvquant} writes one width, and here: {has}")
-
-
-def evaluate(args: Namespace, given: dict) -> None:
-    """Measure the perplexity with the quantizers of --quantizer_path, or without any at 16 bits."""
-    stored: dict = {}
-    if args.abits == [qu.UNQUANTIZED]:
-        if args.quantizer_path is not None:
-            qu.warn(f"--abits {qu.UNQUANTIZED} is the unquantized baseline: {args.quantizer_path!r} is not used")
-            args.quantizer_path = None
-    elif args.quantizer_path is None:
-        raise qu.UserError("--quantizer_path FILE is missing: make one with --calibrate, or give --abits 16")
-    else:
-        stored = qu.load_calibration(args.quantizer_path)
-        take_stored_settings(args, given, stored["settings"])
-    sweep = qu.kv_sweep(args)
-    check_exportable(args, sweep)
-
-    def quantizers_of(model, specs: qu.KVSpec) -> dict[str, qu.Quantizer]:
-        if not specs:
-            return {}
-        quantizers = qu.stored_quantizers(args.quantizer_path, stored, model, specs)
-        if args.export_kvquant is not None and qu.process_index() == 0:
-            qu.export_kvquant(args.export_kvquant, quantizers)
-        return quantizers
-
-    qu.evaluate(__file__, args, sweep, quantizers_of)
+        command += [f"--{name}", getattr(flags, name)] if getattr(flags, name) != "auto" else []
+    print(f"\nSaved to {path}. To evaluate:\n{shlex.join(command)}")
 
 
 def main() -> None:
     """Calibrate or evaluate."""
-    args, given = parse_args()
-    if args.calibrate:
-        calibrate(args, given)
+    flags, given = parse(CalibratedFlags, __doc__, EXAMPLES)
+    if flags.calibrate:
+        calibrate(flags, given)
+    elif flags.quantizer_path is None:
+        run.evaluate(flags, given)
     else:
-        evaluate(args, given)
+        from simquant import quantizer_file
+
+        stored = quantizer_file.load(flags.quantizer_path)
+        run.evaluate(with_stored(flags, given, stored["settings"]), given, stored)
 
 
 if __name__ == "__main__":
-    sys.exit(qu.exit_status(main))
+    sys.exit(run.exit_status(main))

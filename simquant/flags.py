@@ -1,0 +1,290 @@
+"""Every flag once: its default, its help, its type, and whether it decides a run. Nothing here imports torch."""
+
+from __future__ import annotations
+
+from argparse import ArgumentTypeError
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, ClassVar, TypeVar
+
+from simquant import processes
+from simquant.methods import BASELINE, METHODS, PROJECTIONS, Plan, Width
+from simquant.parsing import (
+    Projections,
+    dataset_list,
+    flag,
+    flag_fields,
+    fraction,
+    layer_list,
+    make_parser,
+    matching,
+    number,
+    shown,
+    text_name,
+    width_list,
+)
+
+on_output = partial(flag, decides=False, with_calibrate="refused")
+on_text = partial(flag, with_calibrate="unused")
+listed = partial(flag, nargs="*", action=Projections, metavar="NAME")
+count = partial(partial, number)
+device = partial(matching, pattern=r"auto|cpu|cuda(:[0-9]{1,2})?", words="auto, cpu, cuda or cuda:N")
+picture = partial(matching, pattern=r"(?i).*\.(png|svg)", words="a file that ends in .png or .svg")
+DTYPES = ("auto", "float16", "bfloat16", "float32")
+ATTENTIONS = ("auto", "sdpa", "eager", "flash_attention_2")
+
+
+@dataclass(frozen=True)
+class ModelFlags:
+    """model"""
+
+    model: str
+    dtype: str = flag(
+        "auto", "auto: the checkpoint's own on a GPU, or if its weights are quantized; else float32", DTYPES
+    )
+    device: str = flag(
+        "auto", "auto: the first GPU, or all for a larger model; cuda, cuda:1, cpu", device, decides=False
+    )
+    attn_implementation: str = flag(
+        "auto", "auto: flash_attention_2 if installed, else the model's own choice", ATTENTIONS
+    )
+    compile: str = on_text(
+        "auto", "compile the decoder layers; auto: on a GPU whose compiler works", ("auto", "on", "off")
+    )
+
+
+@dataclass(frozen=True)
+class QuantizationFlags:
+    """quantization"""
+
+    abits: tuple[Width, ...] = flag(
+        (Width(4, 4),), "bits an entry: 2 to 8, 16 for no quantization, 4/2 for keys/values; a comma list measures all",
+        width_list, metavar="BITS",
+    )  # fmt: skip
+    kv_format: str = flag("uniform", "the method, by its name in the README", tuple(METHODS), metavar="NAME")
+    nf: bool = flag(False, "short for --kv_format nf: NormalFloat levels instead of uniform ones")
+    perchannel: tuple[str, ...] = listed(("k_proj",), "which of k_proj and v_proj have one scale per channel")
+    pertoken: tuple[str, ...] = listed(("v_proj",), "which of k_proj and v_proj have one scale per token")
+    include_sparse: bool = flag(False, "keep outliers exact (dense-and-sparse)")
+    sparsity_threshold: float = flag(0.99, "with --include_sparse, the share that is quantized", fraction, metavar="P")
+    first_few_fp16: int = flag(
+        -1, "leading tokens of every window kept exact (attention sinks)", count(least=-1), metavar="N"
+    )
+    skip_layers: tuple[int, ...] = flag((), "layers that stay unquantized; -1 is the last", layer_list, metavar="LIST")
+    baseline: bool = on_output(False, "as if 16 stood in --abits: compare with the unquantized model", decides=True)
+    attribution: bool = on_output(
+        False, "with one width, also quantize keys only, values only, and one layer at a time", decides=True
+    )
+
+
+@dataclass(frozen=True)
+class TextFlags:
+    """text"""
+
+    datasets: tuple[str, ...] = on_text(
+        ("wikitext2",), "comma list of wikitext2, c4, and .txt, .jsonl or .parquet files (column text)",
+        dataset_list, metavar="LIST",
+    )  # fmt: skip
+    seqlen: int = flag(2048, "tokens a window", count(least=2), metavar="N")
+    limit: int = on_text(512, "at most this many windows of each text", count(least=1), metavar="N")
+    batch_size: int | str = on_text(
+        1, "windows a forward pass; auto: as many as fit on the GPU", count(least=1, instead="auto"), metavar="N"
+    )
+
+
+@dataclass(frozen=True)
+class OutputFlags:
+    """output"""
+
+    output: str | None = on_output(None, "write settings and results as JSON, or the table as .csv", metavar="FILE")
+    resume: bool = on_output(False, "go on with the interrupted run whose JSON --output names")
+    report_context: int = on_output(131072, "tokens of the cache whose size is reported", count(least=1), metavar="N")
+    plot: str | None = on_output(None, "draw the sweep or the attribution as .png or .svg", picture, metavar="FILE")
+    plot_activations: str | None = on_output(
+        None, "draw a layer's keys and values before and after quantization", picture, metavar="FILE"
+    )
+    plot_layer: int | None = on_output(None, "which layer that is; else the middle one", count(least=0), metavar="N")
+    quiet: bool = flag(False, "no progress bar, even on a terminal", decides=False)
+    dry_run: bool = flag(False, "print sites, settings, windows and sizes, and stop; load no weights", decides=False)
+
+
+@dataclass(frozen=True)
+class CalibrationFlags:
+    """calibration"""
+
+    calibrate: bool = flag(False, "fit quantizers and save them; without it, evaluate saved ones", decides=False)
+    quantizer_path: str | None = flag(None, "the quantizer file, ours or KVQuant's own", decides=False, metavar="FILE")
+    export_kvquant: str | None = flag(None, "also write it in KVQuant's own format", decides=False, metavar="FILE")
+    nuq: bool = flag(False, "short for --kv_format nuq: levels fitted by k-means (KVQuant)")
+    fisher: bool = flag(False, "with --nuq, weigh the fit by Fisher information")
+    fisher_weighting: str = flag("paper", "F times the squared range (paper), or F alone (code)", ("paper", "code"))
+    norm: bool = flag(False, "Q-Norm: decoded levels keep mean and standard deviation")
+    clamp: bool = flag(False, "uniform levels with an integer zero point")
+    cap_outliers: float | None = flag(
+        None, "at most this fraction of a token's keys stays exact", fraction, metavar="F"
+    )
+    calib_dataset: str = flag("wikitext2", "wikitext2, c4 or a text file", text_name, metavar="NAME")
+    nsamples: int = flag(16, "calibration windows of --seqlen tokens", count(least=1, most=10**6), metavar="N")
+    seed: int = flag(0, "of the places where these are cut", count(least=0, most=2**63 - 1), metavar="N")
+
+
+@dataclass(frozen=True)
+class Flags(OutputFlags, TextFlags, QuantizationFlags, ModelFlags):
+    """The flags of the data-free script."""
+
+    groups: ClassVar[tuple[type, ...]] = (ModelFlags, QuantizationFlags, TextFlags, OutputFlags)
+
+    def refusals(self, given: Mapping[str, Any]) -> dict[str, bool]:
+        """Return {what is said of flags that do not go together: whether they do not}; given is the command line."""
+        both, quantizes = sorted({*self.perchannel} & {*self.pertoken}), self.quantizes()
+        return {
+            f"{' '.join(both)} in both --perchannel and --pertoken: give it one scale": bool(both),
+            f"--first_few_fp16 {self.first_few_fp16} covers the whole window of --seqlen {self.seqlen}":
+                self.first_few_fp16 >= self.seqlen,
+            "--attribution takes one width apart: give one below 16, and something to quantize":
+                self.attribution and (len({*self.abits} - {BASELINE}) != 1 or not quantizes),
+            "--resume goes on with the JSON that --output names: give that, not ending in .csv":
+                self.resume and (self.output is None or self.output.lower().endswith(".csv")),
+            "--plot_layer chooses what --plot_activations draws: give that too":
+                self.plot_layer is not None and self.plot_activations is None,
+            "--plot_activations shows quantization: give a width below 16":
+                self.plot_activations is not None and not quantizes,
+            f"--kv_format {self.kv_format} is fitted to data: use kvquant_llama3_simquant.py":
+                METHODS[self.kv_format].calibrated and type(self) is Flags,
+            f"--device {self.device} is one GPU, and there are {processes.count()} processes: give cuda":
+                ":" in self.device and processes.count() > 1,
+        }  # fmt: skip
+
+    def quantizes(self) -> bool:
+        """Return whether any width and any projection is left to quantize."""
+        return bool(self.perchannel or self.pertoken) and any(width != BASELINE for width in self.abits)
+
+    def plan(self) -> Plan:
+        """Return what is to be quantized, and how."""
+        axes = dict.fromkeys(self.perchannel, "channel") | dict.fromkeys(self.pertoken, "token")
+        parts = {part: axes[name] for name, part in PROJECTIONS.items() if name in axes}
+        widths = tuple(dict.fromkeys([BASELINE, *self.abits] if self.baseline or self.attribution else self.abits))
+        return Plan(self.kv_format, widths, parts, self.options(), self.skip_layers, self.attribution)
+
+    def options(self) -> dict[str, Any]:
+        """Return {field of a quantizer: value}; None where there is nothing to say."""
+        sinks = self.first_few_fp16 if self.first_few_fp16 > 0 else None
+        return {"outliers": 1 - self.sparsity_threshold if self.include_sparse else None, "sinks": sinks}
+
+    def vain(self, given: Mapping[str, Any]) -> list[str]:
+        """Return what is said of flags that the command line gives without effect."""
+        is_vain = "sparsity_threshold" in given and not self.include_sparse
+        return ["--sparsity_threshold has no effect without --include_sparse"] * is_vain
+
+
+@dataclass(frozen=True)
+class CalibratedFlags(CalibrationFlags, Flags):
+    """The flags of the calibrated script."""
+
+    groups = (*Flags.groups, CalibrationFlags)
+
+    def refusals(self, given: Mapping[str, Any]) -> dict[str, bool]:
+        """See Flags."""
+        refused = [name for name in given if with_calibrate(name) == "refused"]
+        return super().refusals(given) | {
+            "--fisher weighs the fit of a NUQ codebook: add --nuq, or leave it out":
+                self.fisher and self.kv_format != "nuq",
+            f"--clamp rounds the zero point of uniform levels, and {self.kv_format} has none":
+                self.clamp and self.kv_format != "uniform",
+            "--cap_outliers caps nothing without --include_sparse and --perchannel":
+                self.cap_outliers is not None and not (self.include_sparse and self.perchannel),
+            "--export_kvquant writes one width: give one in --abits":
+                self.export_kvquant is not None and len({*self.abits} - {BASELINE}) != 1,
+            f"--{' --'.join(refused)} is for an evaluation: leave it out with --calibrate":
+                self.calibrate and bool(refused),
+            "--calibrate has nothing to fit at 16 bits, or without --perchannel and --pertoken":
+                self.calibrate and (BASELINE in self.abits or not self.quantizes()),
+            "--quantizer_path FILE is missing: where --calibrate saves to, or saved to":
+                self.quantizer_path is None and (self.calibrate or self.quantizes()),
+        }  # fmt: skip
+
+    def options(self) -> dict[str, Any]:
+        """See Flags."""
+        more = {"integer_zero": self.clamp or None, "q_norm": self.norm or None, "cap": self.cap_outliers}
+        return super().options() | more | {"fisher": self.fisher_weighting if self.fisher else None}
+
+    def vain(self, given: Mapping[str, Any]) -> list[str]:
+        """See Flags."""
+        unused = [
+            f"--{n} has no effect with --calibrate" for n in given if self.calibrate and with_calibrate(n) == "unused"
+        ]
+        is_vain = "fisher_weighting" in given and not self.fisher
+        return super().vain(given) + unused + ["--fisher_weighting has no effect without --fisher"] * is_vain
+
+
+AnyFlags = TypeVar("AnyFlags", bound=Flags)
+
+
+def with_calibrate(name: str) -> str:
+    """Return what --calibrate does with a flag: used, refused or unused."""
+    known = flag_fields(CalibratedFlags)
+    return known[name].metadata["with_calibrate"] if name in known else "used"
+
+
+def parse(cls: type[AnyFlags], description: str | None, epilog: str) -> tuple[AnyFlags, dict[str, Any]]:
+    """Return (all flags, those that the command line gives). Exits with one line for a mistake."""
+    parser = make_parser(cls, description, epilog)
+    try:
+        given = with_method(cls, vars(parser.parse_args()))
+        flags = checked(cls(**given), given)
+    except ArgumentTypeError as error:
+        parser.error(str(error))
+    return flags, given
+
+
+def checked(flags: AnyFlags, given: Mapping[str, Any]) -> AnyFlags:
+    """Return flags, or raise ArgumentTypeError if some do not go together."""
+    for message in (message for message, is_so in flags.refusals(given).items() if is_so):
+        raise ArgumentTypeError(message)
+    return flags
+
+
+def with_method(cls: type[Flags], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return given with --kv_format and its short forms --nf and --nuq saying the same."""
+    names = [name for name in ("nf", "nuq") if given.get(name)] + [
+        given[name] for name in ("kv_format",) if name in given
+    ]
+    if len(set(names)) > 1:
+        raise ArgumentTypeError(f"{' and '.join(names)} are two methods: give one of --nf, --nuq and --kv_format")
+    short = {name: name == names[0] for name in ("nf", "nuq") if names and name in flag_fields(cls)}
+    return {**given, **short, **({"kv_format": names[0]} if names else {})}
+
+
+def plain_settings(flags: Flags) -> dict[str, Any]:
+    """Return {flag: value} as JSON holds it; --abits is a list only for several widths."""
+    settings = {name: getattr(flags, name) for name in flag_fields(type(flags)) if name != "dry_run"}
+    settings = {name: list(value) if isinstance(value, tuple) else value for name, value in settings.items()}
+    labels = [width.label for width in flags.abits]
+    return settings | {"abits": labels[0] if len(labels) == 1 else labels}
+
+
+def decisive(flags: Flags) -> dict[str, Any]:
+    """Return {flag that decides figures: its default}: what --resume compares."""
+    usual = plain_settings(type(flags)(model=flags.model))
+    return {name: usual[name] for name, each in flag_fields(type(flags)).items() if each.metadata["decides"]}
+
+
+def of_the_fit(flags: CalibratedFlags) -> dict[str, Any]:
+    """Return {flag: value} of all that decides a fit: what the quantizer file holds."""
+    names = [*flag_fields(QuantizationFlags), *flag_fields(CalibrationFlags)]
+    settings = plain_settings(flags) | {"abits": [width.label for width in flags.abits]}
+    known = flag_fields(CalibratedFlags)
+    return {
+        name: settings[name] for name in names if known[name].metadata["decides"] and with_calibrate(name) == "used"
+    }
+
+
+def flags_as_markdown() -> str:
+    """Return the tables of docs/flags.md."""
+    parts = []
+    for group in CalibratedFlags.groups:
+        rows = [f"| `--{n}` | {f.metadata['help']} | `{shown(f.default)}` |" for n, f in flag_fields(group).items()]
+        head = [f"## {(group.__doc__ or '').capitalize()}", "", "| flag | meaning | default |", "|---|---|---|"]
+        parts.append("\n".join([*head, *rows]))
+    return "\n\n".join(parts) + "\n"

@@ -1,0 +1,179 @@
+"""The named methods, one row each, and the settings that a command asks for. Nothing here imports torch by itself."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    from quant_utils import Quantizer, Setting, Site
+
+UNQUANTIZED = 16  # bits an entry of the cache that the others are compared with
+PROJECTIONS = {"k_proj": "keys", "v_proj": "values"}  # --perchannel's names, and what they are to the cache
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to quantize a cache.
+
+    about        what it is, in a few words
+    source       the paper or project that it comes from
+    quantizer    module:class of its Quantizer
+    options      fields of that class which the method fixes
+    calibrated   whether it needs the calibrated script
+    """
+
+    about: str
+    source: str
+    quantizer: str = "quant_utils:ScalarQuantizer"
+    options: Mapping[str, Any] = field(default_factory=dict)
+    calibrated: bool = False
+
+    def cls(self) -> type[Quantizer]:
+        """Return the class, imported now."""
+        module, _, name = self.quantizer.partition(":")
+        return getattr(importlib.import_module(module), name)
+
+
+METHODS = {
+    "uniform": Method(
+        about="evenly spaced levels between the ends of the range, as integers",
+        source="the baseline of KVQuant, arXiv:2401.18079",
+        options={"levels": "uniform"},
+    ),
+    "nf": Method(
+        about="NormalFloat: levels at quantiles of the normal distribution",
+        source="QLoRA, arXiv:2305.14314",
+        options={"levels": "nf"},
+    ),
+    "nuq": Method(
+        about="NUQ: levels fitted by k-means, with --fisher weighted by Fisher information",
+        source="KVQuant, arXiv:2401.18079, section 3.3",
+        options={"levels": "nuq"},
+        calibrated=True,
+    ),
+}
+
+
+class Width(NamedTuple):
+    """Bits an entry of keys and of values."""
+
+    keys: int
+    values: int
+
+    @property
+    def label(self) -> int | str:
+        """4, or "4/2" where keys and values differ: what --abits takes, and what a row is called."""
+        return self.keys if self.keys == self.values else f"{self.keys}/{self.values}"
+
+    def of(self, part: str) -> int:
+        """Bits of "keys" or "values"."""
+        return self.keys if part == "keys" else self.values
+
+
+BASELINE = Width(UNQUANTIZED, UNQUANTIZED)
+
+
+class Row(NamedTuple):
+    """What a setting is called: its width, what it quantizes, and which layer if it is a single one."""
+
+    abits: int | str
+    quantized: str
+    layer: int | None = None
+
+    @property
+    def is_unquantized(self) -> bool:
+        """Whether it is the row that others are compared with."""
+        return self.abits == UNQUANTIZED
+
+    def __str__(self) -> str:
+        return f"abits {self.abits}, {self.quantized}"
+
+
+FLAG_OF = {
+    "outliers": "include_sparse", "sinks": "first_few_fp16", "integer_zero": "clamp", "q_norm": "norm",
+    "cap": "cap_outliers", "fisher": "fisher",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a command asks to quantize, before a model is there to say where.
+
+    method       a name in METHODS
+    widths       a setting for each
+    axes         {"keys": "channel", "values": "token"}: which parts are quantized, and which entries share a range
+    options      {field of a quantizer: value} beyond the method's own; None where a flag was left out
+    skipped      layers that stay unquantized; negative ones count from the end
+    attribution  whether the only width is also taken apart
+    """
+
+    method: str
+    widths: Sequence[Width]
+    axes: Mapping[str, str]
+    options: Mapping[str, Any]
+    skipped: Sequence[int] = ()
+    attribution: bool = False
+
+    def quantizer(self, part: str, bits: int) -> Quantizer | None:
+        """Return what quantizes keys or values at that width, not fitted; None if they stay as they are."""
+        from quant_utils import UserError
+
+        if part not in self.axes or bits == UNQUANTIZED:
+            return None
+        method = METHODS[self.method]
+        cls = method.cls()
+        known = {each.name for each in fields(cls) if each.init}  # type: ignore[arg-type]
+        asked = {name: value for name, value in self.options.items() if value is not None}
+        if missing := [FLAG_OF[name] for name in asked if name not in known]:
+            raise UserError(f"--{missing[0]} does not go with the method {self.method}")
+        if self.axes[part] == "token":
+            asked.pop("cap", None)  # it caps what has a calibrated range
+        options = {"axis": self.axes[part], "bits": bits, **asked, **method.options}
+        return cls(**{name: value for name, value in options.items() if name in known})
+
+    def setting(self, width: Width, sites: Sequence[Site]) -> Setting:
+        """Return {site: quantizer} of a width."""
+        made = {part: self.quantizer(part, width.of(part)) for part in ("keys", "values")}
+        skipped = self.skipped_layers(sites)
+        chosen = {site: made[site.part] for site in sites if site.layer not in skipped}
+        return {site: quantizer for site, quantizer in chosen.items() if quantizer is not None}
+
+    def skipped_layers(self, sites: Sequence[Site]) -> list[int]:
+        """Return the layers that stay unquantized, counted from 0."""
+        from quant_utils import UserError
+
+        layers = sorted({site.layer for site in sites})
+        if absent := [layer for layer in self.skipped if not -len(layers) <= layer < len(layers)]:
+            raise UserError(
+                f"--skip_layers {absent[0]} is not there: the model has {len(layers)} layers, from 0 or -1 on"
+            )
+        return sorted({layers[layer] for layer in self.skipped})
+
+    def settings(self, sites: Sequence[Site]) -> dict[Row, Setting]:
+        """Return {row: setting} for all widths, or for one width taken apart behind the unquantized model."""
+        skipped = self.skipped_layers(sites)
+        rows = {}
+        for width in self.widths:
+            setting = self.setting(width, sites)
+            rows[Row(width.label, words_for(setting, skipped))] = setting
+        return attributed(rows) if self.attribution else rows
+
+
+def words_for(setting: Setting, skipped: Sequence[int] = ()) -> str:
+    """Return what a setting quantizes: "keys and values", "values except layers 0, 31", "nothing"."""
+    parts = " and ".join(dict.fromkeys(site.part for site in setting)) or "nothing"
+    layers = f"{'layers' if len(skipped) > 1 else 'layer'} {', '.join(map(str, skipped))}"
+    return f"{parts} except {layers}" if setting and skipped else parts
+
+
+def attributed(rows: Mapping[Row, Setting]) -> dict[Row, Setting]:
+    """Return the rows, the last of which is taken apart: keys and values in all layers, both, each layer alone."""
+    *unquantized, (row, whole) = rows.items()
+    parts = {part: {s: q for s, q in whole.items() if s.part == part} for part in dict.fromkeys(s.part for s in whole)}
+    made = dict(unquantized) | {Row(row.abits, part): setting for part, setting in parts.items()} | {row: whole}
+    for layer in dict.fromkeys(site.layer for site in whole):
+        made[Row(row.abits, f"layer {layer}", layer)] = {s: q for s, q in whole.items() if s.layer == layer}
+    return made

@@ -1,0 +1,160 @@
+"""From dataclass fields to a command line, and what its words mean. Errors quote what was given."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+from argparse import ArgumentTypeError
+from dataclasses import Field, field, fields
+from typing import Any
+
+from simquant import processes
+from simquant.methods import BASELINE, PROJECTIONS, UNQUANTIZED, Width
+
+VERSION = "2.0"
+DATASETS = ("wikitext2", "c4")
+TEXT_FILES = (".txt", ".jsonl", ".parquet")
+
+
+def flag(
+    default: Any, help: str, kind: Any = None, decides: bool = True, with_calibrate: str = "used", **how: Any
+) -> Any:
+    """Return a dataclass field that is a flag.
+
+    kind            the parser of its value, or a tuple of choices; a flag whose default is False takes no value
+    decides         whether it changes figures, so that --resume refuses another value
+    with_calibrate  what --calibrate does with it: it is used, refused, or unused (which is said)
+    how             more for ArgumentParser.add_argument
+    """
+    parsed = {"choices": kind} if isinstance(kind, tuple) else {"type": kind} if kind else {}
+    how = {"action": "store_true"} if default is False else {**parsed, **how}
+    return field(
+        default=default, metadata={"help": help, "decides": decides, "with_calibrate": with_calibrate, "how": how}
+    )
+
+
+def flag_fields(cls: type) -> dict[str, Field]:
+    """Return {name: field} of all flags of a class, in order; the model is none."""
+    return {each.name: each for each in fields(cls) if each.metadata}
+
+
+def shown(default: Any) -> str:
+    """Return a default as --help and docs/flags.md print it."""
+    if isinstance(default, tuple):
+        return ",".join(str(getattr(each, "label", each)) for each in default) or "none"
+    return "none" if default is None else "off" if default is False else str(default)
+
+
+def one_line(message: str) -> str:
+    """Return message without what is not printable, and not endless."""
+    return "".join(c if c.isprintable() else "?" for c in " ".join(message.split()))[:2000]
+
+
+def width_list(text: str) -> tuple[Width, ...]:
+    """Parse widths between commas, such as 16,4,4/2 (keys/values). 16 comes first."""
+    widths = []
+    for word in text.split(","):
+        parts = word.strip().split("/")
+        if len(parts) > 2 or any(part not in map(str, [*range(2, 9), UNQUANTIZED]) for part in parts):
+            raise ArgumentTypeError(f"unknown width {word!r}: give 2 to 8, 16, or keys/values such as 4/2")
+        widths.append(Width(int(parts[0]), int(parts[-1])))
+        if widths.count(widths[-1]) > 1:
+            raise ArgumentTypeError(f"{word.strip()} stands there more than once in {text!r}")
+    return tuple(sorted(widths, key=lambda width: width != BASELINE))
+
+
+def dataset_list(text: str) -> tuple[str, ...]:
+    """Parse names and text files between commas, no two the same."""
+    names = tuple(text_name(name.strip()) for name in text.split(","))
+    files = [name if name in DATASETS else os.path.realpath(name) for name in names]
+    if repeated := [name for name, file in zip(names, files, strict=True) if files.count(file) > 1]:
+        raise ArgumentTypeError(f"{repeated[0]} stands there more than once")
+    return names
+
+
+def text_name(name: str) -> str:
+    """Return name if it is one of DATASETS or a readable text file of a known kind."""
+    if name not in DATASETS and not name.lower().endswith(TEXT_FILES):
+        known, kinds = ", ".join(DATASETS), ", ".join(TEXT_FILES)
+        raise ArgumentTypeError(f"unknown dataset {name!r}: give {known}, or a path that ends in {kinds}")
+    if name not in DATASETS and not (os.path.isfile(name) and os.access(name, os.R_OK)):
+        reason = "cannot be read: check its permissions" if os.path.isfile(name) else "does not exist, or is no file"
+        raise ArgumentTypeError(f"text file {name!r} {reason}")
+    return name
+
+
+def number(text: str, least: int, most: int = 2**50, instead: str | None = None) -> int | str:
+    """Parse a whole number from least to most, or the word `instead`."""
+    if text == instead:
+        return text
+    if not re.fullmatch(r"[+-]?[0-9]{1,20}", text) or not least <= int(text) <= most:
+        what = f"at least {least}" if most == 2**50 else f"in {least}..{most}"
+        raise ArgumentTypeError(
+            f"must be a whole number {what}{f', or {instead}' if instead else ''}, got {text[:40]!r}"
+        )
+    return int(text)
+
+
+def fraction(text: str) -> float:
+    """Parse a number in (0, 1]."""
+    if not re.fullmatch(r"[0-9.eE+-]{1,30}", text) or not 0 < float(text) <= 1:
+        raise ArgumentTypeError(f"must be in (0, 1], got {text[:40]}")
+    return float(text)
+
+
+def matching(text: str, pattern: str, words: str) -> str:
+    """Return text if it matches pattern, which words describe."""
+    if not re.fullmatch(pattern, text, re.DOTALL):
+        raise ArgumentTypeError(f"must be {words}, got {text[:80]!r}")
+    return text
+
+
+def layer_list(text: str) -> tuple[int, ...]:
+    """Parse layers between commas, counted from 0, or from -1 at the end."""
+    layer = r"\s*-?[0-9]{1,6}\s*"
+    return tuple(int(word) for word in matching(text, f"{layer}(,{layer})*", "layers such as 0,1,-1").split(","))
+
+
+class Projections(argparse.Action):
+    """k_proj and v_proj as plain words, between spaces or commas, or as one JSON list; or nothing."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        words = " ".join(values)
+        try:
+            names = json.loads(words) if words.startswith("[") else words.replace(",", " ").split()
+        except ValueError:
+            names = None
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise argparse.ArgumentError(self, f"{words!r} is no JSON list of names, such as '[\"k_proj\"]'")
+        if unknown := [name for name in names if name not in PROJECTIONS]:
+            has = f"give {' or '.join(PROJECTIONS)}, and the model before this flag"
+            raise argparse.ArgumentError(self, f"a cache holds no {unknown[0]!r}, only keys and values: {has}")
+        setattr(namespace, self.dest, tuple(dict.fromkeys(names)))
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose errors are one line, said by one process."""
+
+    def error(self, message: str):
+        """Exit with status 2 after one line."""
+        line = f"{self.prog}: error: {one_line(message)} (--help lists the flags)\n"
+        self.exit(2, line if processes.index() == 0 else None)
+
+
+def make_parser(cls: Any, description: str | None, epilog: str) -> Parser:
+    """Return the parser of a class of flags. What a command line leaves out is not in its namespace."""
+    how: dict[str, Any] = {
+        "formatter_class": argparse.RawDescriptionHelpFormatter,
+        "argument_default": argparse.SUPPRESS,
+    }
+    parser = Parser(description=description, epilog=epilog, allow_abbrev=False, **how)
+    parser.add_argument("--version", action="version", version=f"%(prog)s {VERSION}")
+    parser.add_argument("model", help="hub id or local folder")
+    for group in cls.groups:
+        add = parser.add_argument_group(group.__doc__).add_argument
+        for name, each in flag_fields(group).items():
+            default = "" if each.default is False else f" (default: {shown(each.default)})"
+            add(f"--{name}", **each.metadata["how"], help=each.metadata["help"] + default)
+    return parser

@@ -1,0 +1,169 @@
+"""The quantizer file: fitted quantizers as plain values and tensors, and what they were made for."""
+
+from __future__ import annotations
+
+import io
+import warnings
+import zipfile
+from collections.abc import Mapping, Sequence
+from dataclasses import fields, replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from quant_utils import Quantized, Quantizer, Setting, Site, UserError
+from simquant import kvquant_file
+from simquant.files import write_atomically
+
+FORMAT, VERSION = "kvquant simulation: calibrated quantizers", 3
+
+
+def state_of(quantizer: Quantizer) -> dict[str, Any]:
+    """Return a quantizer as its class and its fields."""
+    held = {each.name: getattr(quantizer, each.name) for each in fields(quantizer) if each.init}
+    plain = {name: state_of(value) if isinstance(value, Quantizer) else value for name, value in held.items()}
+    return {"class": type(quantizer).__name__, **plain}
+
+
+def made_of(state: Mapping[str, Any]) -> Quantizer:
+    """Return the quantizer that state_of made state of; its constructor checks the fields."""
+    classes = {each.__name__: each for each in subclasses(Quantizer)}
+    parts = {n: made_of(value) if isinstance(value, dict) else value for n, value in state.items() if n != "class"}
+    return classes[state["class"]](**parts)
+
+
+def subclasses(cls: type) -> list[type]:
+    """Return all classes that derive from cls."""
+    return [each for child in cls.__subclasses__() for each in (child, *subclasses(child))]
+
+
+def save(path: str, settings: Mapping[Any, Setting], about: Mapping[str, Any]) -> None:
+    """Write the quantizers of fitted settings, and about: the model, the flags, the versions.
+
+    {"quantizers": {site's name: {bits: state_of}}}: keys and values of any two widths can be joined.
+    """
+    quantizers: dict[str, dict] = {}
+    for setting in settings.values():
+        for site, quantizer in setting.items():
+            quantizers.setdefault(site.name, {})[getattr(quantizer, "bits")] = state_of(quantizer)  # noqa: B009
+    content = io.BytesIO()
+    torch.save({"format": FORMAT, "format_version": VERSION, **about, "quantizers": quantizers}, content)
+    write_atomically(path, lambda file: file.write(content.getbuffer()))
+
+
+def load(path: str) -> dict[str, Any]:
+    """Return what save wrote, or the same made of a file of version 2 or of KVQuant's own.
+
+    Raises UserError for a file that is damaged, of a later version, or holds anything but data.
+    """
+    try:
+        with open(path, "rb"), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            data = read_ours(path) if zipfile.is_zipfile(path) else kvquant_file.read(path)
+    except OSError as error:
+        raise UserError(
+            f"quantizer file {path!r} cannot be read ({error.strerror}): make it with --calibrate"
+        ) from error
+    except Exception as error:  # a damaged archive or pickle can raise anything
+        reason = str(error) if isinstance(error, (UserError, kvquant_file.RefusedPickle)) else type(error).__name__
+        advice = "calibrate again, or get it again"
+        raise UserError(f"quantizer file {path!r} is damaged, or holds more than data ({reason}): {advice}") from error
+    return data
+
+
+def read_ours(path: str) -> dict[str, Any]:
+    """Return the content of a file that save wrote, its checksums verified, its quantizers made.
+
+    Version 2 held parts of scalar quantizers: a range, and a codebook for each width.
+    """
+    with zipfile.ZipFile(path) as archive:
+        if damaged := archive.testzip():
+            raise ValueError(f"{damaged} does not match its checksum")
+    data = torch.load(path, weights_only=True, map_location="cpu")
+    version = data["format_version"] if data["format"] == FORMAT else None
+    if version not in (2, VERSION):
+        raise UserError(f"it has format version {str(version)[:20]}, and this program reads 2 and {VERSION}")
+    made: dict[str, dict] = {}
+    for name, parts in data["quantizers"].items():
+        if version == VERSION:
+            made[name] = {bits: made_of(state) for bits, state in parts.items()}
+        else:
+            made[name] = {
+                bits: scalar_parts(parts["lo"], parts["hi"], **each) for bits, each in parts["codebooks"].items()
+            }
+    return {**data, "quantizers": made, "model": {"type": None, **data["model"]}}
+
+
+def scalar_parts(lo, hi, levels, scale=1.0, offset=0.0) -> dict[str, Any]:
+    """Return what was fitted of a ScalarQuantizer, in its fields' names."""
+    return {"lo": lo, "hi": hi, "codebook": levels, "scale": scale, "offset": offset}
+
+
+def fitted(path: str, data: Mapping, model_type: str, sites: Sequence[Site], settings: Mapping[Any, Setting]) -> dict:
+    """Return settings with each quantizer as load's data has it, checked against the model.
+
+    Raises UserError if the file was made for a model of another family or shape, or lacks a quantizer.
+    """
+    about, quantizers = data["model"], data["quantizers"]
+    if about["type"] not in (None, model_type):
+        sides = f"a model of type {about['type']}, and this one is {model_type}"
+        raise UserError(f"quantizer file {path!r} was calibrated for {sides}: calibrate again")
+    here = {site.name: site.channels for site in sites}
+    for name in [*{site.name: None for setting in settings.values() for site in setting}, *quantizers]:
+        there = about["channels"].get(name) or (here.get(name, "no") if name in quantizers else "no")
+        if there != here.get(name):
+            origin = f"{path!r} was calibrated for {about['name'] or 'another model'}"
+            has = f"it has {there} channels for {name}, this model has {here.get(name, 'none')}"
+            raise UserError(f"quantizer file {origin}: {has}")
+    return {
+        row: {site: stored(path, quantizers[site.name], site, plain) for site, plain in setting.items()}
+        for row, setting in settings.items()
+    }
+
+
+def stored(path: str, known: Mapping, site: Site, plain: Any) -> Quantizer:
+    """Return the quantizer of a site from what a file has for it by width; plain is the same, not fitted."""
+    try:
+        found = known[
+            plain.bits if plain.bits in known or plain.levels == "nuq" else None
+        ]  # None: KVQuant's, no levels
+        if not isinstance(found, Quantizer):
+            found = replace(plain, **(found if plain.axis == "channel" else {**found, "lo": None, "hi": None}))
+        found.quantize(torch.zeros(1, found.sinks + 1, site.channels), {})  # whether it fits so many channels
+        if getattr(found, "axis", None) == "channel" and getattr(found, "lo", True) is None:
+            raise ValueError("its range is missing")
+    except (KeyError, ValueError, TypeError, RuntimeError, AttributeError) as error:
+        raise UserError(f"quantizer file {path!r} has no usable {plain.bits}-bit quantizer for {site.name}") from error
+    return found
+
+
+class Fit(NamedTuple):
+    """How well a fitted quantizer does on its own calibration activations, sinks not counted."""
+
+    lowest: float  # of what it gives back, outliers not counted
+    highest: float
+    kept: float  # share of entries that stay exact
+    error: float  # sum of squared errors / sum of squares
+
+    @classmethod
+    def of(cls, quantizer: Quantizer, x: Tensor, given: Quantized) -> Fit:
+        """Return that of what a quantizer gave back for x [N,T,C]."""
+        before, after = x[:, quantizer.sinks :].float(), given.values[:, quantizer.sinks :].float()
+        kept = torch.zeros_like(before, dtype=torch.bool)
+        kept = kept if given.outliers is None else given.outliers[:, quantizer.sinks :]
+        inliers = after[~kept] if not kept.all() else after.new_zeros(1)
+        error, whole = (each.square().sum(dtype=torch.float64) for each in (after - before, before))
+        share = kept.double().mean().item()
+        return cls(inliers.min().item(), inliers.max().item(), share, (error / whole.clamp(min=1e-30)).item())
+
+
+def fit_table(fits: Mapping[tuple[Any, Site], Fit]) -> str:
+    """Return a line for every width and site: what it gives back, the share kept exact, the relative squared error."""
+    width = max(len(site.name) for _, site in fits)
+    titles = ("abits", "lowest", "highest", "kept", "rel. error")
+    lines = ["projection".ljust(width) + "".join(title.rjust(12) for title in titles)]
+    for (row, site), fit in fits.items():
+        figures = f"{fit.lowest:12.4f}{fit.highest:12.4f}{fit.kept:12.3%}{fit.error:12.6f}"
+        lines.append(f"{site.name:<{width}}{row.abits!s:>12}{figures}")
+    return "\n".join(lines)

@@ -1,0 +1,246 @@
+"""From figures of windows to tables and files, and back: what a run is, its rows, its JSON, and going on with it."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import quant_utils as qu
+from quant_utils import FIGURES, PARTS, Site, UserError, notify
+from simquant import processes
+from simquant.files import write_atomically
+
+TABLES: dict[str, dict[str, tuple[str, str]]] = {  # {title: {figure: (heading, format)}}
+    "": {
+        "ppl": ("ppl", ".4f"), "ppl_se": ("±", ".4f"), "nll": ("nll", ".6f"), "windows": ("windows", ""),
+        "tokens": ("tokens", ""), "seconds": ("seconds", ".1f"),
+    },
+    "against the unquantized model, on the same tokens (±: standard error; KL: mean divergence in nats)": {
+        "delta_ppl": ("Δppl", "+.4f"), "delta_ppl_se": ("±", ".4f"), "delta_percent": ("Δppl%", "+.2f"),
+        "delta_percent_se": ("±%", ".2f"), "kl": ("KL", ".6f"), "top1_agreement": ("top-1", ".2%"),
+    },
+    "bits an entry, and the size of a cache of {context} tokens at these bits": {
+        "key_bits": ("keys", ".3f"), "value_bits": ("values", ".3f"), "avg_bits": ("both", ".3f"),
+        "cache_gib": ("GiB", ".3f"), "fp16_cache_gib": ("fp16-GiB", ".3f"),
+    },
+}  # fmt: skip
+
+
+class Run:
+    """One evaluation, and what is known of it so far.
+
+    texts    {dataset: windows [N,T]}
+    rows     a simquant.methods.Row for every setting; the first is the unquantized model if others are compared with it
+    sites    all that the model caches
+    context  tokens of the cache whose size is reported
+    figures  {dataset: [N,S,len(FIGURES)]}, of which the first count[dataset] windows are measured
+    seconds  {dataset: wall time of these}
+    """
+
+    def __init__(self, texts: Mapping[str, Tensor], rows: Sequence[Any], sites: Sequence[Site], context: int):
+        self.texts, self.rows, self.sites, self.context = texts, rows, sites, context
+        shape = len(rows), len(FIGURES)
+        self.figures = {
+            name: torch.full((len(ids), *shape), math.nan, dtype=torch.float64) for name, ids in texts.items()
+        }
+        self.count = dict.fromkeys(texts, 0)
+        self.seconds = dict.fromkeys(texts, 0.0)
+
+    @property
+    def is_paired(self) -> bool:
+        """Whether rows are compared with the unquantized model."""
+        return len(self.rows) > 1 and self.rows[0].is_unquantized
+
+    def done(self, dataset: str) -> Tensor:
+        """Return [n,S,len(FIGURES)] of the windows that are measured."""
+        return self.figures[dataset][: self.count[dataset]]
+
+    def add(self, dataset: str, figures: Tensor, seconds: float) -> None:
+        """Take up the figures [n,S,len(FIGURES)] of the next windows."""
+        first = self.count[dataset]
+        self.figures[dataset][first : first + len(figures)] = figures
+        self.count[dataset] += len(figures)
+        self.seconds[dataset] += seconds
+
+    def perplexities(self, dataset: str) -> list[float]:
+        """Return that of every row, over the windows that are measured."""
+        return self.done(dataset)[..., 0].mean(0).exp().tolist()
+
+
+def or_none(value: float) -> float | None:
+    """Return value; None for nan, which stands for what is not known."""
+    return None if math.isnan(value) else value
+
+
+def storage_cost(key_bits: float, value_bits: float, run: Run) -> dict[str, float | None]:
+    """Return average bits an entry of keys and values together, and the GiB of a cache of run.context tokens."""
+    channels = {part: sum(site.channels for site in run.sites if site.part == part) for part in PARTS}
+    entries = sum(channels.values())
+    bits = [
+        count * (bits if count else 0.0) for count, bits in zip(channels.values(), (key_bits, value_bits), strict=True)
+    ]
+    average, gib = math.fsum(bits) / (entries or math.nan), entries * run.context / 8 / 2**30  # of one bit an entry
+    return {"avg_bits": or_none(average), "cache_gib": or_none(average * gib), "fp16_cache_gib": 16 * gib or None}
+
+
+def results(run: Run, dataset: str) -> list[dict]:
+    """Return a dict of figures for every row, from the windows of dataset that are measured; None where not known.
+
+    ppl = exp(nll), nll the mean in nats; _se are standard errors; seconds are divided evenly over the rows; window_
+    lists hold the figures of single windows, from which take_over goes on.
+    """
+    table, made = run.done(dataset), []
+    baseline = table[:, 0, 0].tolist()
+    for row, figures in zip(run.rows, table.unbind(1), strict=True):
+        columns = dict(zip(FIGURES, figures.T.tolist(), strict=True))
+        means = {name: math.fsum(values) / len(values) for name, values in columns.items()}
+        nll, ppl = columns["nll"], qu.perplexity(columns["nll"])
+        relative, difference = qu.standard_error(nll), qu.paired_difference(nll, baseline)
+        made.append({
+            "dataset": dataset, "abits": row.abits, "quantized": row.quantized, "layer": row.layer,
+            "ppl": ppl, "ppl_se": None if relative is None else ppl * relative, "nll": means["nll"],
+            "windows": len(nll), "tokens": len(nll) * (run.texts[dataset].shape[1] - 1),
+            "seconds": run.seconds[dataset] / len(run.rows),
+            **(difference if run.is_paired else dict.fromkeys(difference)),
+            "kl": or_none(means["kl"]), "top1_agreement": or_none(means["top1_agreement"]),
+            "key_bits": or_none(means["key_bits"]), "value_bits": or_none(means["value_bits"]),
+            **storage_cost(means["key_bits"], means["value_bits"], run),
+            **{f"window_{name}": [or_none(value) for value in values] for name, values in columns.items()},
+        })  # fmt: skip
+    return made
+
+
+def all_results(run: Run) -> list[dict]:
+    """Return results of all datasets of which something is measured."""
+    return [row for dataset in run.texts if run.count[dataset] for row in results(run, dataset)]
+
+
+def table(rows: Sequence[Mapping], columns: Mapping[str, tuple[str, str]]) -> str:
+    """Return a line of text for every row; a terminal that is too narrow gets the columns in several parts."""
+    import pandas
+
+    frame = pandas.DataFrame({name: [row[name] for row in rows] for name in ("dataset", "quantized", "abits")})
+    frame = (
+        frame if len({row["quantized"] for row in rows if row["abits"] != 16}) > 1 else frame.drop(columns="quantized")
+    )
+    for name, (_, form) in columns.items():
+        frame[name] = ["-" if row[name] is None else format(row[name], form) for row in rows]
+    frame.columns = [*frame.columns[: -len(columns)], *(heading for heading, _ in columns.values())]
+    width = os.get_terminal_size().columns if sys.stdout.isatty() else None
+    return frame.to_string(index=False, line_width=width, justify="right")
+
+
+def comparison(run: Run, rows: Sequence[Mapping]) -> str:
+    """Return the tables below the perplexities: differences from the unquantized model, and storage cost."""
+    _, *others = TABLES.items()
+    shown = {title: columns for title, columns in others if any(row[next(iter(columns))] is not None for row in rows)}
+    parts = [f"\n{title.format(context=run.context)}\n{table(rows, columns)}" for title, columns in shown.items()]
+    return "\n".join(parts)
+
+
+def as_csv(rows: Sequence[Mapping], complete: bool) -> str:
+    """Return the figures of rows, without those of single windows."""
+    import pandas
+
+    frame = pandas.DataFrame([{n: value for n, value in row.items() if not n.startswith("window_")} for row in rows])
+    return frame.astype({"layer": "Int64"}).assign(complete=complete).to_csv(index=False, lineterminator="\r\n")
+
+
+def as_json(data: Mapping) -> str:
+    """Return data indented, but a list of figures on one line."""
+    text = json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    # a raw newline is in no string
+    return re.sub(r"\[\n[-+.\deE,\snul]*\]", lambda found: " ".join(found[0].split()), text)
+
+
+def write_output(path: str | None, record: Mapping, run: Run, complete: bool) -> str:
+    """Write what run has, if it has anything, atomically. Return words on what there is."""
+    rows = all_results(run)
+    if path is None or not rows or processes.index() > 0:
+        return ""
+    is_csv = path.lower().endswith(".csv")
+    text = as_csv(rows, complete) if is_csv else as_json({**record, "complete": complete, "results": rows})
+    write_atomically(path, lambda file: file.write(text.encode("utf-8", "backslashreplace")))
+    count, total = sum(run.count.values()), sum(map(len, run.texts.values()))
+    return f"{path} has {count} of {total} windows{'' if is_csv else ', and --resume goes on from there'}"
+
+
+def digests(texts: Mapping[str, Tensor], quantizer_path: str | None) -> dict[str, str]:
+    """Return {what: sha256} of each text's token ids, and of the quantizer file."""
+    read = {dataset: windows.numpy().tobytes() for dataset, windows in texts.items()}
+    if quantizer_path is not None:
+        read["quantizers"] = Path(quantizer_path).read_bytes()
+    return {name: sha256(content).hexdigest() for name, content in read.items()}
+
+
+def load_unfinished(path: str, record: Mapping, decisive: Mapping[str, Any]) -> dict:
+    """Return the report of the interrupted run that path holds, {} if it is not there yet.
+
+    Raises UserError if it is no file of ours, or of another run than record says. decisive is {flag that decides
+    figures: what it is where a report does not say}.
+    """
+    if not os.path.exists(path):
+        notify(f"--resume: {path!r} does not exist yet: starting from the beginning")
+        return {}
+    try:
+        there = json.loads(Path(path).read_bytes())
+        same = {name: (record[name], there[name]) for name in ("script", "model")}
+        same |= {
+            name: (record["settings"][name], there["settings"].get(name, usual)) for name, usual in decisive.items()
+        }
+        marks, rows = dict(there["sha256"]), list(there["results"])
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError, OSError) as error:
+        raise UserError(f"--resume: {path!r} is no JSON that --output wrote: give another name") from error
+    for name, (ours, theirs) in same.items():
+        if ours != theirs:
+            raise UserError(f"--resume: {path!r} is of another run: {name} is {ours!r} here and {theirs!r} there")
+    for name, digest in record["sha256"].items():
+        if digest != marks.get(name):
+            raise UserError(f"--resume: {path!r} is of another run: the content of {name} is another")
+    return {**there, "results": rows}
+
+
+LIMITS = {"nll": 690, "kl": 1e9, "top1_agreement": 1, "key_bits": 64, "value_bits": 64}  # the least is 0
+
+
+def take_over(run: Run, path: str, known: Mapping, environment: Mapping) -> None:
+    """Put the figures of the report that path held into run. UserError if they are of other rows, or are no figures."""
+    if known.get("environment") != environment:
+        notify(f"--resume: {path!r} was begun on another device, or with other versions: last digits may differ")
+    try:
+        for dataset in run.texts:
+            rows = [row for row in known["results"] if row["dataset"] == dataset]
+            if not rows:
+                continue
+            if [(row["abits"], row["quantized"]) for row in rows] != [(row.abits, row.quantized) for row in run.rows]:
+                raise ValueError(f"{dataset} has other rows")
+            figures = torch.stack([window_figures(row) for row in rows], 1)  # [n,S,F]
+            if len(figures) > len(run.texts[dataset]):
+                raise ValueError(f"{dataset} has more windows than the text")
+            if len(figures):
+                run.add(dataset, figures, math.fsum(max(0.0, float(row["seconds"])) for row in rows))
+                as_json({"results": results(run, dataset)})  # no figure is inf or nan
+    except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError) as error:
+        raise UserError(f"--resume: {path!r} holds figures that cannot be continued: {error}") from error
+
+
+def window_figures(row: Mapping) -> Tensor:
+    """Return [n,len(FIGURES)] from the window_ lists of a row. ValueError for what cannot have been measured."""
+    columns = []
+    for name, most in LIMITS.items():
+        values = row[f"window_{name}"]
+        bad = [value for value in values if not (type(value) in (int, float) and 0 <= value <= most)]
+        if bad and (name == "nll" or bad != [None] * len(values)):
+            raise ValueError(f"window_{name} of {row['dataset']} has {bad[0]!r}")
+        columns.append([math.nan if value is None else value for value in values])
+    return torch.tensor(columns, dtype=torch.float64).T
