@@ -43,7 +43,7 @@ def with_stored(flags: CalibratedFlags, given: dict, stored: dict) -> Calibrated
                 raise ArgumentTypeError(f"--abits: {path!r} has {part} of {sorted(has)} bits, and not {sorted(lacks)}")
     elif "abits" not in given:
         raise ArgumentTypeError(f"{path!r} does not say how many bits it is for: give --abits")
-    for name in (name for name in stored if name in given and name != "abits"):
+    for name in (name for name in stored if name in given and name not in ("abits", "skip_layers")):
         if given[name] != stored[name]:
             sides = f"{given[name]} on the command line contradicts {stored[name]} in {path!r}"
             raise ArgumentTypeError(f"--{name}: {sides}; leave the flag out, or calibrate again")

@@ -16,9 +16,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
-import re
 import statistics
-import warnings
 from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -29,27 +27,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# ----------------------------------------------------------------------------------------------------------------------
-# 1. The types: a quantizer, a site, a setting
+# -- 1. The types: a quantizer, a site, a setting
 
 
 class UserError(ValueError):
     """A mistake that the user can mend. The message is one line that quotes the value and says what would be right."""
-
-
-class Notice(UserWarning):
-    """Something that the user should know although the run goes on."""
-
-
-def notify(message: str) -> None:
-    """Issue a Notice."""
-    warnings.warn(message, Notice, stacklevel=2)
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Return whether a device or the host had no more memory to give."""
-    lacks = re.search("(out of|allocate|not enough) memory", str(error))
-    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and lacks is not None)
 
 
 class Quantized(NamedTuple):
@@ -57,10 +39,6 @@ class Quantized(NamedTuple):
 
     values: Tensor  # [B,T,C]
     outliers: Tensor | None = None  # bool [B,T,C], the entries that stay exact as outliers; None where there are none
-
-    def outliers_per_token(self) -> Tensor | None:
-        """[B,T] counts."""
-        return None if self.outliers is None else self.outliers.sum(-1)
 
 
 class Quantizer:
@@ -136,8 +114,7 @@ class Site:
 Setting = Mapping[Site, Quantizer]  # what is quantized, and how; {} is the unquantized model
 Label = TypeVar("Label", bound=Hashable)  # what a setting is called by those who ask for it
 
-# ----------------------------------------------------------------------------------------------------------------------
-# 2. Levels inside [-1, 1]
+# -- 2. Levels inside [-1, 1]
 
 
 def uniform_levels(bits: int) -> Tensor:
@@ -160,9 +137,7 @@ def normal_float_levels(bits: int) -> Tensor:
 LEVELS = {"uniform": uniform_levels, "nf": normal_float_levels, "nuq": uniform_levels}  # nuq: until it is fitted
 LEVEL_NAMES = {"uniform": "uniform", "nf": "NormalFloat", "nuq": "NUQ"}
 
-FASTER: dict[
-    str, Callable
-] = {}  # {function: another with the same result, sooner on a GPU}: simquant/speed.py fills it
+FASTER: dict[str, Callable] = {}  # {function: its like with the same result, sooner}: simquant/speed.py fills it
 
 
 def replaceable(function: Callable) -> Callable:
@@ -249,8 +224,7 @@ def lloyd(totals: Tensor, edges: Tensor, steps: int = 100) -> Tensor:
     return levels
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# 3. The scalar quantizer: keep x range x levels
+# -- 3. The scalar quantizer: keep x range x levels
 
 
 @replaceable
@@ -461,16 +435,15 @@ def is_vector(value: Any) -> bool:
     return is_plain and value.dtype == torch.float32 and value.ndim == 1 and bool(value.isfinite().all())
 
 
+def are_ordered(lo: Any, hi: Any) -> bool:
+    """Return whether lo and hi are vectors of the same length, and no entry of lo exceeds that of hi."""
+    return is_vector(lo) and is_vector(hi) and lo.shape == hi.shape and bool((lo <= hi).all())
+
+
 def is_codebook(levels: Any, bits: int) -> bool:
     """Return whether levels are [2**bits] sorted numbers in [-1, 1]."""
-    fits = is_vector(levels) and len(levels) == 2**bits
-    return fits and bool((levels.diff() >= 0).all()) and bool(levels.abs().max() <= 1 + 1e-6)
-
-
-def is_range(lo: Any, hi: Any) -> bool:
-    """Return whether lo and hi are the two ends of a range for each channel, or neither is there."""
-    fits = is_vector(lo) and is_vector(hi) and lo.shape == hi.shape
-    return lo is hi is None or (fits and bool((lo <= hi).all()))
+    is_inside = is_vector(levels) and len(levels) == 2**bits and bool(levels.abs().max() <= 1 + 1e-6)
+    return is_inside and are_ordered(levels[:-1], levels[1:])
 
 
 SOUND: dict[str, Callable[[ScalarQuantizer], bool]] = {  # what the constructor checks, in this order
@@ -483,14 +456,13 @@ SOUND: dict[str, Callable[[ScalarQuantizer], bool]] = {  # what the constructor 
     "integer_zero": lambda q: q.integer_zero is False or (q.integer_zero is True and q.levels == "uniform"),
     "q_norm": lambda q: type(q.q_norm) is bool,
     "fisher": lambda q: q.fisher in (None, "paper", "code"),
-    "lo": lambda q: is_range(q.lo, q.hi) and (q.lo is None or q.axis == "channel"),
+    "lo": lambda q: q.lo is q.hi is None or (q.axis == "channel" and are_ordered(q.lo, q.hi)),
     "codebook": lambda q: is_codebook(q.codebook, q.bits),
     "scale": lambda q: is_number(q.scale, 1e-9, 1e9),
     "offset": lambda q: is_number(q.offset, -1e9, 1e9),
 }
 
-# ----------------------------------------------------------------------------------------------------------------------
-# 4. Hooks: where keys and values pass by
+# -- 4. Hooks: where keys and values pass by
 
 
 @dataclass(eq=False)
@@ -512,7 +484,7 @@ class Tap:
     def quantize(self, x: Tensor) -> Tensor:
         """Return x [B,T,C] as the cache gives it back, and remember what there is to remember."""
         given = self.quantizer.quantize(x, self.taps)
-        self.outliers = given.outliers_per_token()
+        self.outliers = None if given.outliers is None else given.outliers.sum(-1)
         self.values = given.values if self.is_source else None
         return given.values
 
@@ -534,10 +506,10 @@ def quantize_output(module: Any, args: tuple, out: Tensor) -> Tensor:
 
 
 @contextmanager
-def quantized(setting: Setting) -> Iterator[Mapping[tuple[int, str], Tap]]:
+def quantized(setting: Setting) -> Iterator[dict[tuple[int, str], Tap]]:
     """Let the model attend to what quantized caches give back, inside the block.
 
-    Yields its taps, by (layer, part). The hooks are gone afterwards, whatever happens inside.
+    Yields its taps, by (layer, part). Taps and hooks are gone afterwards, whatever happens inside.
     """
     taps = make_taps(setting)
     modules: dict[nn.Module, list[Tap]] = {}
@@ -549,6 +521,7 @@ def quantized(setting: Setting) -> Iterator[Mapping[tuple[int, str], Tap]]:
         with hooked((module, quantize_output) for module in modules):
             yield taps
     finally:
+        taps.clear()  # each tap holds all, and so itself: what they remember would stay until the next collection
         for module in modules:
             vars(module).pop("kv_taps", None)
 
@@ -587,8 +560,7 @@ def dtype_name(model) -> str:
     return str(model.dtype).removeprefix("torch.")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# 5. Calibration: record what passes by, then fit
+# -- 5. Calibration: record what passes by, then fit
 
 
 def progress(label: str, items: Iterable | None = None, total: int | None = None, initial: int = 0):
@@ -607,18 +579,21 @@ def record(model, sites: Iterable[Site], windows: Tensor, gradients: bool = Fals
     blank = torch.tensor(math.nan, dtype=model.dtype)
     seen = {site: blank.repeat(*windows.shape, site.channels) for site in sites}
 
+    def keep(site: Site, out: Tensor) -> None:
+        seen[site][number].copy_(site.read(out)[0])
+
     def watch(module: Any, args: tuple, out: Tensor, site: Site) -> Tensor:
         if not gradients:
-            seen[site][number].copy_(site.read(out)[0])
+            keep(site, out)
             return out
         out = out if out.requires_grad else out.detach().requires_grad_()
-        out.register_hook(lambda grad: seen[site][number].copy_(site.read(grad)[0]) and None)
+        out.register_hook(functools.partial(keep, site))
         return out
 
     watched = hooked((site.module, functools.partial(watch, site=site)) for site in seen)
     with torch.inference_mode(not gradients), torch.set_grad_enabled(gradients), watched:
         label = "Fisher information" if gradients else "activations"
-        for number, ids in enumerate(progress(label, windows)):  # noqa: B007, watch reads number
+        for number, ids in enumerate(progress(label, windows)):  # noqa: B007, keep reads number
             ids = ids[None].to(input_device(model))
             if not gradients:
                 model.get_decoder()(input_ids=ids, use_cache=False)
@@ -628,27 +603,21 @@ def record(model, sites: Iterable[Site], windows: Tensor, gradients: bool = Fals
     return seen
 
 
-def check_finite(x: Tensor, what: str, model) -> Tensor:
-    """Return x, or raise UserError if it has nan or inf."""
-    if not x.isfinite().all():
-        raise UserError(f"{what} in {dtype_name(model)}: {advice_on_overflow(model)}")
-    return x
-
-
 def advice_on_overflow(model) -> str:
-    """Return what may help against nan and inf."""
-    return "the model is broken" if model.dtype == torch.float32 else "try --dtype bfloat16 or float32"
+    """Return in which dtype a model gave nan or inf, and what may help."""
+    advice = "the model is broken" if model.dtype == torch.float32 else "try --dtype bfloat16 or float32"
+    return f"in {dtype_name(model)}: {advice}"
 
 
-OnFit = Callable[[Any, Site, Quantizer, Tensor, Quantized], None]
+OnFit = Callable[[Any, Site, Quantizer, Tensor, Quantized], None]  # (label, site, fitted, activations, given back)
 
 
 def calibrate(
     model,
     windows: Tensor,
     settings: Mapping[Label, Setting],
-    gradients: Mapping[Site, Tensor] | None = None,
-    on_fit: OnFit = lambda label, site, quantizer, x, given: None,
+    gradients: Mapping | None = None,
+    on_fit: OnFit | None = None,
 ) -> dict[Label, Setting]:
     """Return settings with every quantizer fitted to windows [N,T] of text, in model order.
 
@@ -658,28 +627,29 @@ def calibrate(
     sites = list(dict.fromkeys(site for setting in settings.values() for site in setting))
     needing = [s for s in sites if any(setting[s].needs_gradient for setting in settings.values() if s in setting)]
     activations = record(model, sites, windows)
-    for site, x in activations.items():
-        check_finite(x, f"{site.name} gives nan or inf, or never ran,", model)
     gradients = record(model, needing, windows, gradients=True) if needing and gradients is None else gradients or {}
     taps = {label: make_taps(setting) for label, setting in settings.items()}
     for site in sites:
-        x, grad = activations[site].to(device_of(site.module)), gradients.get(site)
+        x = activations[site].to(device_of(site.module))
+        grad = gradients[site].to(x.device) if site in gradients else None
+        if not x.isfinite().all():
+            raise UserError(f"{site.name} gives nan or inf, or never ran, {advice_on_overflow(model)}")
         if grad is not None and grad.isnan().all():
             raise UserError(f"no gradient comes to {site.name}, maybe for the kind of its weights: leave out --fisher")
-        if grad is not None:
-            grad = check_finite(grad.to(x.device), f"gradients at {site.name} overflow", model)
+        if grad is not None and not grad.isfinite().all():
+            raise UserError(f"gradients at {site.name} overflow {advice_on_overflow(model)}")
         for label in (label for label, setting in settings.items() if site in setting):
             tap = taps[label][site.key]
             tap.quantizer = tap.quantizer.to(x.device).fit(x, grad, tap.taps)
             given = tap.quantizer.quantize(x, tap.taps)
             tap.values = given.values if tap.is_source else None
-            on_fit(label, site, tap.quantizer, x, given)
+            if on_fit is not None:
+                on_fit(label, site, tap.quantizer, x, given)
     cpu = torch.device("cpu")
     return {label: {tap.site: tap.quantizer.to(cpu) for tap in mine.values()} for label, mine in taps.items()}
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# 6. Statistics of a predicted token
+# -- 6. Statistics of a predicted token
 
 
 class Reference(NamedTuple):
@@ -721,11 +691,16 @@ def head(model, output, tokens: slice) -> Tensor:
     The model's own class computes the logits, with all that it does after the projection (soft caps, scales): its body
     is passed over meanwhile.
     """
-    body, calls = model.get_decoder(), []
+    body, own = model.get_decoder(), vars(model.get_decoder()).get("forward")  # accelerate puts its own there
+    calls: list[tuple] = []
     part = type(output)(last_hidden_state=output.last_hidden_state[:, tokens])
     blank = torch.zeros(part.last_hidden_state.shape[:2], dtype=torch.long, device=input_device(model))
-    own = vars(body).get("forward")  # accelerate puts its own there
-    body.forward = lambda *args, **kwargs: calls.append(None) or part
+
+    def passed_over(*args, **kwargs):
+        calls.append(args)
+        return part
+
+    body.forward = passed_over
     try:
         logits = model(input_ids=blank, use_cache=False).logits
     finally:
@@ -777,8 +752,7 @@ def average_bits(sites: Sequence[Site], setting: Setting, taps: Iterable[Tap], b
     return torch.stack(rows)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# 7. The perplexity loop
+# -- 7. The perplexity loop
 
 
 @torch.inference_mode()
@@ -791,8 +765,8 @@ def start_batch(model, sites: Sequence[Site], ids: Tensor, settings: Sequence[Se
     for setting in settings:
         with quantized(setting) as taps:
             output = model.get_decoder()(input_ids=ids, use_cache=False)
+            bits.append(average_bits(sites, setting, taps.values(), torch.zeros_like(ids)))
         outputs.append(type(output)(last_hidden_state=output.last_hidden_state))  # whatever else it holds may go
-        bits.append(average_bits(sites, setting, taps.values(), torch.zeros_like(ids)))
     means = mean_statistics(model, ids, outputs, is_paired=len(settings) > 1 and not settings[0])
     figures = torch.cat([means, torch.stack(bits)], dim=1).permute(2, 0, 1).to("cpu", non_blocking=True)
     done = torch.cuda.Event() if ids.is_cuda else None

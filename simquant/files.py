@@ -3,37 +3,36 @@
 from __future__ import annotations
 
 import os
-import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
 from quant_utils import UserError
 
 
+@contextmanager
+def unfinished_file(target: Path) -> Iterator[BinaryIO]:
+    """Open a new file beside target, gone at the end of the block unless it was moved."""
+    unfinished = target.with_name(f".{os.urandom(6).hex()}.partial")
+    try:
+        with open(unfinished, "xb") as file:
+            yield file
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
 def write_atomically(path: str, write: Callable[[BinaryIO], object]) -> None:
     """Let write fill a file beside path and put it in its place: a reader finds the old file or the whole new one."""
-    target, unfinished = Path(path).resolve(), None
+    target = Path(path).resolve()
     try:
-        with tempfile.NamedTemporaryFile(dir=target.parent, prefix=".", suffix=".partial", delete=False) as file:
-            unfinished = file.name
+        with unfinished_file(target) as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(unfinished, 0o666 & ~umask())
-        os.replace(unfinished, target)
-        unfinished = None
+            os.replace(file.name, target)
     except OSError as error:
         raise OSError(f"{path!r} could not be written ({error.strerror}): what stood there is untouched") from error
-    finally:
-        if unfinished is not None:
-            os.unlink(unfinished)
-
-
-def umask() -> int:
-    """Return the mask of new files' permissions, which can only be read by setting it."""
-    os.umask(mask := os.umask(0o077))
-    return mask
 
 
 def check_writable(paths: Iterable[str | None], inputs: Iterable[str | None]) -> None:
@@ -53,9 +52,8 @@ def check_writable(paths: Iterable[str | None], inputs: Iterable[str | None]) ->
                 raise UserError(f"output {path!r} is also read, or named twice: give another name")
             if target.exists() and not os.access(target, os.W_OK):
                 raise UserError(f"output {path!r} is write-protected: give another name")
-            with tempfile.TemporaryFile(dir=target.parent):
+            with unfinished_file(target):
                 taken.add(target)
-            os.stat(target) if target.exists() else None
         except (OSError, RuntimeError) as error:
             reason = getattr(error, "strerror", None) or error
             raise UserError(

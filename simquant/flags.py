@@ -167,10 +167,13 @@ class Flags(OutputFlags, TextFlags, QuantizationFlags, ModelFlags):
         widths = tuple(dict.fromkeys([BASELINE, *self.abits] if self.baseline or self.attribution else self.abits))
         return Plan(self.kv_format, widths, parts, self.options(), self.skip_layers, self.attribution)
 
-    def options(self) -> dict[str, Any]:
-        """Return {field of a quantizer: value}; None where there is nothing to say."""
-        sinks = self.first_few_fp16 if self.first_few_fp16 > 0 else None
-        return {"outliers": 1 - self.sparsity_threshold if self.include_sparse else None, "sinks": sinks}
+    def options(self) -> dict[str, tuple[str, Any]]:
+        """Return {flag: (field of a quantizer, value)} of what is asked beyond a method's own choices."""
+        asked: dict[str, tuple[str, Any]] = (
+            {"--first_few_fp16": ("sinks", self.first_few_fp16)} if self.first_few_fp16 > 0 else {}
+        )
+        sparse = {"--include_sparse": ("outliers", 1 - self.sparsity_threshold)} if self.include_sparse else {}
+        return asked | sparse
 
     def vain(self, given: Mapping[str, Any]) -> list[str]:
         """Return what is said of flags that the command line gives without effect."""
@@ -204,10 +207,12 @@ class CalibratedFlags(CalibrationFlags, Flags):
                 self.quantizer_path is None and (self.calibrate or self.quantizes()),
         }  # fmt: skip
 
-    def options(self) -> dict[str, Any]:
+    def options(self) -> dict[str, tuple[str, Any]]:
         """See Flags."""
-        more = {"integer_zero": self.clamp or None, "q_norm": self.norm or None, "cap": self.cap_outliers}
-        return super().options() | more | {"fisher": self.fisher_weighting if self.fisher else None}
+        fisher = self.fisher_weighting if self.fisher else None
+        more: dict[str, tuple[str, Any]] = {"--clamp": ("integer_zero", self.clamp), "--norm": ("q_norm", self.norm)}
+        more |= {"--cap_outliers": ("cap", self.cap_outliers), "--fisher": ("fisher", fisher)}
+        return super().options() | {flag: option for flag, option in more.items() if option[1]}
 
     def vain(self, given: Mapping[str, Any]) -> list[str]:
         """See Flags."""
@@ -252,7 +257,7 @@ def with_method(cls: type[Flags], given: Mapping[str, Any]) -> dict[str, Any]:
     ]
     if len(set(names)) > 1:
         raise ArgumentTypeError(f"{' and '.join(names)} are two methods: give one of --nf, --nuq and --kv_format")
-    short = {name: name == names[0] for name in ("nf", "nuq") if names and name in flag_fields(cls)}
+    short: dict[str, Any] = {name: name == names[0] for name in ("nf", "nuq") if names and name in flag_fields(cls)}
     return {**given, **short, **({"kv_format": names[0]} if names else {})}
 
 

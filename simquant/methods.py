@@ -69,7 +69,7 @@ class Width(NamedTuple):
         return self.keys if self.keys == self.values else f"{self.keys}/{self.values}"
 
     def of(self, part: str) -> int:
-        """Bits of "keys" or "values"."""
+        """Return the bits of "keys" or "values"."""
         return self.keys if part == "keys" else self.values
 
 
@@ -92,12 +92,6 @@ class Row(NamedTuple):
         return f"abits {self.abits}, {self.quantized}"
 
 
-FLAG_OF = {
-    "outliers": "include_sparse", "sinks": "first_few_fp16", "integer_zero": "clamp", "q_norm": "norm",
-    "cap": "cap_outliers", "fisher": "fisher",
-}  # fmt: skip
-
-
 @dataclass(frozen=True)
 class Plan:
     """What a command asks to quantize, before a model is there to say where.
@@ -105,7 +99,7 @@ class Plan:
     method       a name in METHODS
     widths       a setting for each
     axes         {"keys": "channel", "values": "token"}: which parts are quantized, and which entries share a range
-    options      {field of a quantizer: value} beyond the method's own; None where a flag was left out
+    options      {flag: (field of a quantizer, value)} for what is asked beyond the method's own choices
     skipped      layers that stay unquantized; negative ones count from the end
     attribution  whether the only width is also taken apart
     """
@@ -113,33 +107,23 @@ class Plan:
     method: str
     widths: Sequence[Width]
     axes: Mapping[str, str]
-    options: Mapping[str, Any]
+    options: Mapping[str, tuple[str, Any]]
     skipped: Sequence[int] = ()
     attribution: bool = False
 
-    def quantizer(self, part: str, bits: int) -> Quantizer | None:
-        """Return what quantizes keys or values at that width, not fitted; None if they stay as they are."""
+    def quantizer(self, part: str, bits: int) -> Quantizer:
+        """Return what quantizes keys or values at that width, not fitted. UserError if the format lacks an option."""
         from quant_utils import UserError
 
-        if part not in self.axes or bits == UNQUANTIZED:
-            return None
         method = METHODS[self.method]
         cls = method.cls()
         known = {each.name for each in fields(cls) if each.init}  # type: ignore[arg-type]
-        asked = {name: value for name, value in self.options.items() if value is not None}
-        if missing := [FLAG_OF[name] for name in asked if name not in known]:
-            raise UserError(f"--{missing[0]} does not go with the method {self.method}")
+        if missing := [flag for flag, (name, _) in self.options.items() if name not in known]:
+            raise UserError(f"{missing[0]} does not go with the method {self.method}")
+        asked = {"axis": self.axes[part], "bits": bits, **dict(self.options.values()), **method.options}
         if self.axes[part] == "token":
             asked.pop("cap", None)  # it caps what has a calibrated range
-        options = {"axis": self.axes[part], "bits": bits, **asked, **method.options}
-        return cls(**{name: value for name, value in options.items() if name in known})
-
-    def setting(self, width: Width, sites: Sequence[Site]) -> Setting:
-        """Return {site: quantizer} of a width."""
-        made = {part: self.quantizer(part, width.of(part)) for part in ("keys", "values")}
-        skipped = self.skipped_layers(sites)
-        chosen = {site: made[site.part] for site in sites if site.layer not in skipped}
-        return {site: quantizer for site, quantizer in chosen.items() if quantizer is not None}
+        return cls(**{name: value for name, value in asked.items() if name in known})
 
     def skipped_layers(self, sites: Sequence[Site]) -> list[int]:
         """Return the layers that stay unquantized, counted from 0."""
@@ -148,32 +132,30 @@ class Plan:
         layers = sorted({site.layer for site in sites})
         if absent := [layer for layer in self.skipped if not -len(layers) <= layer < len(layers)]:
             raise UserError(
-                f"--skip_layers {absent[0]} is not there: the model has {len(layers)} layers, from 0 or -1 on"
+                f"--skip_layers {absent[0]} is not there: the model has {len(layers)} layers, counted from 0"
             )
         return sorted({layers[layer] for layer in self.skipped})
 
     def settings(self, sites: Sequence[Site]) -> dict[Row, Setting]:
         """Return {row: setting} for all widths, or for one width taken apart behind the unquantized model."""
+        rows: dict[Row, Setting] = {}
         skipped = self.skipped_layers(sites)
-        rows = {}
         for width in self.widths:
-            setting = self.setting(width, sites)
-            rows[Row(width.label, words_for(setting, skipped))] = setting
+            made = {part: self.quantizer(part, width.of(part)) for part in self.axes if width.of(part) < UNQUANTIZED}
+            setting = {s: made[s.part] for s in sites if s.part in made and s.layer not in skipped}
+            quantized = " and ".join(dict.fromkeys(site.part for site in setting)) or "nothing"
+            layers = f" except {'layers' if len(skipped) > 1 else 'layer'} {', '.join(map(str, skipped))}"
+            rows[Row(width.label, quantized + layers * bool(skipped and setting))] = setting
         return attributed(rows) if self.attribution else rows
 
 
-def words_for(setting: Setting, skipped: Sequence[int] = ()) -> str:
-    """Return what a setting quantizes: "keys and values", "values except layers 0, 31", "nothing"."""
-    parts = " and ".join(dict.fromkeys(site.part for site in setting)) or "nothing"
-    layers = f"{'layers' if len(skipped) > 1 else 'layer'} {', '.join(map(str, skipped))}"
-    return f"{parts} except {layers}" if setting and skipped else parts
-
-
 def attributed(rows: Mapping[Row, Setting]) -> dict[Row, Setting]:
-    """Return the rows, the last of which is taken apart: keys and values in all layers, both, each layer alone."""
+    """Return rows, the last of which is taken apart: keys and values in all layers, both, each layer alone."""
     *unquantized, (row, whole) = rows.items()
-    parts = {part: {s: q for s, q in whole.items() if s.part == part} for part in dict.fromkeys(s.part for s in whole)}
-    made = dict(unquantized) | {Row(row.abits, part): setting for part, setting in parts.items()} | {row: whole}
+    made = dict(unquantized)
+    for part in dict.fromkeys(site.part for site in whole):
+        made[Row(row.abits, part)] = {site: quantizer for site, quantizer in whole.items() if site.part == part}
+    made[row] = whole
     for layer in dict.fromkeys(site.layer for site in whole):
         made[Row(row.abits, f"layer {layer}", layer)] = {s: q for s, q in whole.items() if s.layer == layer}
     return made

@@ -19,9 +19,10 @@ import torch
 from torch import Tensor
 
 import quant_utils as qu
-from quant_utils import UserError, notify
+from quant_utils import UserError
 from quant_utils import dtype_name as dtype_of
 from simquant import processes
+from simquant.notices import is_out_of_memory, notify
 from simquant.sites import projections
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ def loading(what: str) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:
-        if qu.is_out_of_memory(error):
+        if is_out_of_memory(error):
             raise
         raise UserError(f"cannot load {what}: {' '.join(str(error).split()) or type(error).__name__}") from error
 
@@ -155,7 +156,8 @@ def load_model(flags, config) -> PreTrainedModel:
         if (place := placement(flags, config)) != "auto" and torch.device(place).type == "cuda":
             torch.cuda.set_device(place)
         how: dict[str, Any] = {"config": config, "device_map": place, "output_loading_info": True}
-        model, found = AutoModelForCausalLM.from_pretrained(flags.model, **how, **choices(flags, config))
+        loaded: Any = AutoModelForCausalLM.from_pretrained(flags.model, **how, **choices(flags, config))
+        model, found = loaded
     if missing := sorted(found["missing_keys"]):
         raise UserError(
             f"model {flags.model!r} lacks {len(missing)} tensors, {missing[0]} first: is the copy complete?"
@@ -248,7 +250,7 @@ def evaluate_what_fits(model, sites, windows: Tensor, settings, asked: int | str
                 done += len(figures)
                 yield figures
         except (RuntimeError, MemoryError) as error:
-            if not qu.is_out_of_memory(error):
+            if not is_out_of_memory(error):
                 raise
             if size == 1:
                 advice = "lower --seqlen, choose a smaller --dtype, or give the model more GPUs"
@@ -270,9 +272,9 @@ def check_figures(model, run, dataset: str, settings, first: int, figures: Tenso
     number, figure = first + window, f"loss {loss[window, column]:g}"
     figure += f", KL divergence {divergence[window, column]:g}" if run.is_paired else ""
     source = first_overflow(model, run.texts[dataset][number], settings[column])
-    where = f"{dtype_of(model)}{f', {source} overflows first' if source else ''}"
+    where = f"{source} overflows first " if source else ""
     place = f"{dataset}, {run.rows[column]}: window {number + 1} of {len(run.texts[dataset])}"
-    raise UserError(f"{place} has {figure} in {where}: {qu.advice_on_overflow(model)}")
+    raise UserError(f"{place} has {figure}, {where}{qu.advice_on_overflow(model)}")
 
 
 @torch.inference_mode()

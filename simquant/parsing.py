@@ -12,6 +12,7 @@ from typing import Any
 
 from simquant import processes
 from simquant.methods import BASELINE, PROJECTIONS, UNQUANTIZED, Width
+from simquant.notices import one_line
 
 VERSION = "2.0"
 DATASETS = ("wikitext2", "c4")
@@ -45,11 +46,6 @@ def shown(default: Any) -> str:
     if isinstance(default, tuple):
         return ",".join(str(getattr(each, "label", each)) for each in default) or "none"
     return "none" if default is None else "off" if default is False else str(default)
-
-
-def one_line(message: str) -> str:
-    """Return message without what is not printable, and not endless."""
-    return "".join(c if c.isprintable() else "?" for c in " ".join(message.split()))[:2000]
 
 
 def width_list(text: str) -> tuple[Width, ...]:

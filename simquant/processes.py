@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
-from concurrent.futures import Future
 from datetime import timedelta
-from threading import Thread
-from typing import Any, TypeVar
+from typing import TypeVar
 
 Item = TypeVar("Item")
+
+
+def number_in_environment(name: str, absent: int) -> int:
+    """Return a number that a launcher puts into the environment."""
+    text = os.environ.get(name, "")
+    return int(text) if text.isdecimal() else absent
 
 
 def count() -> int:
@@ -22,26 +25,6 @@ def index(local: bool = False) -> int:
     return number_in_environment("LOCAL_RANK" if local else "RANK", 0) if count() > 1 else 0
 
 
-def number_in_environment(name: str, absent: int) -> int:
-    """Return a number that a launcher puts into the environment."""
-    text = os.environ.get(name, "")
-    return int(text) if text.isdecimal() else absent
-
-
-def interruptible(function: Callable[[], Any]) -> Any:
-    """Return function(), called in a thread: a signal does not reach what waits in C++."""
-    outcome: Future = Future()
-
-    def call() -> None:
-        try:
-            outcome.set_result(function())
-        except BaseException as error:
-            outcome.set_exception(error)
-
-    Thread(target=call, daemon=True).start()
-    return outcome.result()
-
-
 def gather(items: list[Item]) -> list[Item]:
     """Return the items of all processes in one list, in the order of their index."""
     if count() == 1:
@@ -52,22 +35,20 @@ def gather(items: list[Item]) -> list[Item]:
     from quant_utils import UserError
 
     try:
-        interruptible(lambda: PartialState(cpu=True, backend="gloo", timeout=timedelta(days=7)))
-        return interruptible(lambda: gather_object(items))
+        PartialState(cpu=True, backend="gloo", timeout=timedelta(days=7))
+        return gather_object(items)
     except (RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
-        advice = "the others have ended, or were not started by `accelerate launch`"
+        advice = "another has ended and says why, or was not started by `accelerate launch`"
         raise UserError(f"{count()} processes do not reach each other: {advice} ({reason})") from error
 
 
 def interleave(parts: dict) -> dict:
     """Return {key: [N,...]} from each process's {key: [n,...]}, made of items index(), index() + count(), ..."""
-    import torch
-
     made = {}
     for key, part in parts.items():
         shares = gather([part])
-        made[key] = torch.empty(sum(map(len, shares)), *part.shape[1:], dtype=part.dtype)
+        made[key] = part.new_empty(sum(map(len, shares)), *part.shape[1:])
         for number, share in enumerate(shares):
             made[key][number :: count()] = share
     return made

@@ -21,7 +21,8 @@ FORMAT, VERSION = "kvquant simulation: calibrated quantizers", 3
 
 def state_of(quantizer: Quantizer) -> dict[str, Any]:
     """Return a quantizer as its class and its fields."""
-    held = {each.name: getattr(quantizer, each.name) for each in fields(quantizer) if each.init}
+    this: Any = quantizer
+    held = {each.name: getattr(this, each.name) for each in fields(this) if each.init}
     plain = {name: state_of(value) if isinstance(value, Quantizer) else value for name, value in held.items()}
     return {"class": type(quantizer).__name__, **plain}
 
@@ -33,7 +34,7 @@ def made_of(state: Mapping[str, Any]) -> Quantizer:
     return classes[state["class"]](**parts)
 
 
-def subclasses(cls: type) -> list[type]:
+def subclasses(cls: Any) -> list[Any]:
     """Return all classes that derive from cls."""
     return [each for child in cls.__subclasses__() for each in (child, *subclasses(child))]
 

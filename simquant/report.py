@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 import quant_utils as qu
-from quant_utils import FIGURES, PARTS, Site, UserError, notify
+from quant_utils import FIGURES, PARTS, Site, UserError
 from simquant import processes
 from simquant.files import write_atomically
+from simquant.notices import notify
 
 TABLES: dict[str, dict[str, tuple[str, str]]] = {  # {title: {figure: (heading, format)}}
     "": {
@@ -49,12 +50,9 @@ class Run:
 
     def __init__(self, texts: Mapping[str, Tensor], rows: Sequence[Any], sites: Sequence[Site], context: int):
         self.texts, self.rows, self.sites, self.context = texts, rows, sites, context
-        shape = len(rows), len(FIGURES)
-        self.figures = {
-            name: torch.full((len(ids), *shape), math.nan, dtype=torch.float64) for name, ids in texts.items()
-        }
-        self.count = dict.fromkeys(texts, 0)
-        self.seconds = dict.fromkeys(texts, 0.0)
+        blank = torch.tensor(math.nan, dtype=torch.float64)
+        self.figures = {name: blank.repeat(len(ids), len(rows), len(FIGURES)) for name, ids in texts.items()}
+        self.count, self.seconds = dict.fromkeys(texts, 0), dict.fromkeys(texts, 0.0)
 
     @property
     def is_paired(self) -> bool:
@@ -72,24 +70,18 @@ class Run:
         self.count[dataset] += len(figures)
         self.seconds[dataset] += seconds
 
-    def perplexities(self, dataset: str) -> list[float]:
-        """Return that of every row, over the windows that are measured."""
-        return self.done(dataset)[..., 0].mean(0).exp().tolist()
-
 
 def or_none(value: float) -> float | None:
     """Return value; None for nan, which stands for what is not known."""
     return None if math.isnan(value) else value
 
 
-def storage_cost(key_bits: float, value_bits: float, run: Run) -> dict[str, float | None]:
+def storage_cost(means: Mapping[str, float], run: Run) -> dict[str, float | None]:
     """Return average bits an entry of keys and values together, and the GiB of a cache of run.context tokens."""
-    channels = {part: sum(site.channels for site in run.sites if site.part == part) for part in PARTS}
-    entries = sum(channels.values())
-    bits = [
-        count * (bits if count else 0.0) for count, bits in zip(channels.values(), (key_bits, value_bits), strict=True)
-    ]
-    average, gib = math.fsum(bits) / (entries or math.nan), entries * run.context / 8 / 2**30  # of one bit an entry
+    channels = [sum(site.channels for site in run.sites if site.part == part) for part in PARTS]
+    bits = [means["key_bits"], means["value_bits"]]
+    average = math.fsum(n * each for n, each in zip(channels, bits, strict=True) if n) / (sum(channels) or math.nan)
+    gib = sum(channels) * run.context / 8 / 2**30  # of one bit an entry
     return {"avg_bits": or_none(average), "cache_gib": or_none(average * gib), "fp16_cache_gib": 16 * gib or None}
 
 
@@ -99,23 +91,20 @@ def results(run: Run, dataset: str) -> list[dict]:
     ppl = exp(nll), nll the mean in nats; _se are standard errors; seconds are divided evenly over the rows; window_
     lists hold the figures of single windows, from which take_over goes on.
     """
-    table, made = run.done(dataset), []
-    baseline = table[:, 0, 0].tolist()
-    for row, figures in zip(run.rows, table.unbind(1), strict=True):
-        columns = dict(zip(FIGURES, figures.T.tolist(), strict=True))
-        means = {name: math.fsum(values) / len(values) for name, values in columns.items()}
-        nll, ppl = columns["nll"], qu.perplexity(columns["nll"])
-        relative, difference = qu.standard_error(nll), qu.paired_difference(nll, baseline)
+    made, baseline = [], run.done(dataset)[:, 0, 0].tolist()
+    for row, figures in zip(run.rows, run.done(dataset).unbind(1), strict=True):
+        windows = {name: figures[:, column].tolist() for column, name in enumerate(FIGURES)}
+        means = {name: math.fsum(values) / len(values) for name, values in windows.items()}
+        ppl, error = qu.perplexity(windows["nll"]), qu.standard_error(windows["nll"])
+        difference = qu.paired_difference(windows["nll"], baseline)
+        labels = {"dataset": dataset, "abits": row.abits, "quantized": row.quantized, "layer": row.layer}
+        counts = {"windows": len(figures), "tokens": len(figures) * (run.texts[dataset].shape[1] - 1)}
         made.append({
-            "dataset": dataset, "abits": row.abits, "quantized": row.quantized, "layer": row.layer,
-            "ppl": ppl, "ppl_se": None if relative is None else ppl * relative, "nll": means["nll"],
-            "windows": len(nll), "tokens": len(nll) * (run.texts[dataset].shape[1] - 1),
-            "seconds": run.seconds[dataset] / len(run.rows),
+            **labels, "ppl": ppl, "ppl_se": None if error is None else ppl * error,
+            **counts, "seconds": run.seconds[dataset] / len(run.rows),
             **(difference if run.is_paired else dict.fromkeys(difference)),
-            "kl": or_none(means["kl"]), "top1_agreement": or_none(means["top1_agreement"]),
-            "key_bits": or_none(means["key_bits"]), "value_bits": or_none(means["value_bits"]),
-            **storage_cost(means["key_bits"], means["value_bits"], run),
-            **{f"window_{name}": [or_none(value) for value in values] for name, values in columns.items()},
+            **{name: or_none(mean) for name, mean in means.items()}, **storage_cost(means, run),
+            **{f"window_{name}": [or_none(value) for value in values] for name, values in windows.items()},
         })  # fmt: skip
     return made
 
@@ -129,31 +118,22 @@ def table(rows: Sequence[Mapping], columns: Mapping[str, tuple[str, str]]) -> st
     """Return a line of text for every row; a terminal that is too narrow gets the columns in several parts."""
     import pandas
 
-    frame = pandas.DataFrame({name: [row[name] for row in rows] for name in ("dataset", "quantized", "abits")})
-    frame = (
-        frame if len({row["quantized"] for row in rows if row["abits"] != 16}) > 1 else frame.drop(columns="quantized")
-    )
+    is_plain = {row["quantized"] for row in rows} <= {"keys and values", "nothing"}
+    labels = ["dataset", "abits"] if is_plain else ["dataset", "quantized", "abits"]
+    frame = pandas.DataFrame([[row[name] for name in labels] for row in rows], columns=labels)
     for name, (_, form) in columns.items():
         frame[name] = ["-" if row[name] is None else format(row[name], form) for row in rows]
-    frame.columns = [*frame.columns[: -len(columns)], *(heading for heading, _ in columns.values())]
-    width = os.get_terminal_size().columns if sys.stdout.isatty() else None
-    return frame.to_string(index=False, line_width=width, justify="right")
+    frame.columns = [*labels, *(heading for heading, _ in columns.values())]
+    return frame.to_string(index=False, line_width=os.get_terminal_size().columns if sys.stdout.isatty() else None)
 
 
 def comparison(run: Run, rows: Sequence[Mapping]) -> str:
     """Return the tables below the perplexities: differences from the unquantized model, and storage cost."""
-    _, *others = TABLES.items()
-    shown = {title: columns for title, columns in others if any(row[next(iter(columns))] is not None for row in rows)}
-    parts = [f"\n{title.format(context=run.context)}\n{table(rows, columns)}" for title, columns in shown.items()]
+    parts = []
+    for title, columns in list(TABLES.items())[1:]:
+        if any(row[name] is not None for row in rows for name in columns if name != "top1_agreement"):
+            parts.append(f"\n{title.format(context=run.context)}\n{table(rows, columns)}")
     return "\n".join(parts)
-
-
-def as_csv(rows: Sequence[Mapping], complete: bool) -> str:
-    """Return the figures of rows, without those of single windows."""
-    import pandas
-
-    frame = pandas.DataFrame([{n: value for n, value in row.items() if not n.startswith("window_")} for row in rows])
-    return frame.astype({"layer": "Int64"}).assign(complete=complete).to_csv(index=False, lineterminator="\r\n")
 
 
 def as_json(data: Mapping) -> str:
@@ -163,8 +143,16 @@ def as_json(data: Mapping) -> str:
     return re.sub(r"\[\n[-+.\deE,\snul]*\]", lambda found: " ".join(found[0].split()), text)
 
 
+def as_csv(rows: Sequence[Mapping], complete: bool) -> str:
+    """Return the figures of rows, without those of single windows."""
+    import pandas
+
+    frame = pandas.DataFrame([{n: value for n, value in row.items() if not n.startswith("window_")} for row in rows])
+    return frame.astype({"layer": "Int64"}).assign(complete=complete).to_csv(index=False)
+
+
 def write_output(path: str | None, record: Mapping, run: Run, complete: bool) -> str:
-    """Write what run has, if it has anything, atomically. Return words on what there is."""
+    """Write what run has, if it has anything, atomically, by one process. Return words on what there is."""
     rows = all_results(run)
     if path is None or not rows or processes.index() > 0:
         return ""
@@ -193,24 +181,19 @@ def load_unfinished(path: str, record: Mapping, decisive: Mapping[str, Any]) -> 
         notify(f"--resume: {path!r} does not exist yet: starting from the beginning")
         return {}
     try:
-        there = json.loads(Path(path).read_bytes())
+        there, settings = json.loads(Path(path).read_bytes()), record["settings"]
         same = {name: (record[name], there[name]) for name in ("script", "model")}
-        same |= {
-            name: (record["settings"][name], there["settings"].get(name, usual)) for name, usual in decisive.items()
-        }
-        marks, rows = dict(there["sha256"]), list(there["results"])
+        same |= {name: (settings[name], there["settings"].get(name, usual)) for name, usual in decisive.items()}
+        read, _ = dict(there["sha256"]), list(there["results"])
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError, OSError) as error:
         raise UserError(f"--resume: {path!r} is no JSON that --output wrote: give another name") from error
     for name, (ours, theirs) in same.items():
         if ours != theirs:
             raise UserError(f"--resume: {path!r} is of another run: {name} is {ours!r} here and {theirs!r} there")
     for name, digest in record["sha256"].items():
-        if digest != marks.get(name):
+        if digest != read.get(name):
             raise UserError(f"--resume: {path!r} is of another run: the content of {name} is another")
-    return {**there, "results": rows}
-
-
-LIMITS = {"nll": 690, "kl": 1e9, "top1_agreement": 1, "key_bits": 64, "value_bits": 64}  # the least is 0
+    return there
 
 
 def take_over(run: Run, path: str, known: Mapping, environment: Mapping) -> None:
@@ -220,25 +203,24 @@ def take_over(run: Run, path: str, known: Mapping, environment: Mapping) -> None
     try:
         for dataset in run.texts:
             rows = [row for row in known["results"] if row["dataset"] == dataset]
-            if not rows:
-                continue
-            if [(row["abits"], row["quantized"]) for row in rows] != [(row.abits, row.quantized) for row in run.rows]:
+            if rows and [(row["abits"], row["quantized"]) for row in rows] != [row[:2] for row in run.rows]:
                 raise ValueError(f"{dataset} has other rows")
-            figures = torch.stack([window_figures(row) for row in rows], 1)  # [n,S,F]
-            if len(figures) > len(run.texts[dataset]):
-                raise ValueError(f"{dataset} has more windows than the text")
-            if len(figures):
+            if rows and len(rows[0]["window_nll"]):
+                figures = torch.stack([window_figures(row) for row in rows], 1)  # [n,S,F]
                 run.add(dataset, figures, math.fsum(max(0.0, float(row["seconds"])) for row in rows))
                 as_json({"results": results(run, dataset)})  # no figure is inf or nan
     except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError) as error:
         raise UserError(f"--resume: {path!r} holds figures that cannot be continued: {error}") from error
 
 
+MOST = {"nll": 690, "top1_agreement": 1, "key_bits": 64, "value_bits": 64}  # of a figure; the least is 0
+
+
 def window_figures(row: Mapping) -> Tensor:
     """Return [n,len(FIGURES)] from the window_ lists of a row. ValueError for what cannot have been measured."""
     columns = []
-    for name, most in LIMITS.items():
-        values = row[f"window_{name}"]
+    for name in FIGURES:
+        values, most = row[f"window_{name}"], MOST.get(name, 1e9)
         bad = [value for value in values if not (type(value) in (int, float) and 0 <= value <= most)]
         if bad and (name == "nll" or bad != [None] * len(values)):
             raise ValueError(f"window_{name} of {row['dataset']} has {bad[0]!r}")

@@ -9,7 +9,6 @@ import os
 import signal
 import sys
 import time
-import warnings
 from argparse import ArgumentTypeError
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -17,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from simquant import processes
 from simquant.flags import Flags, decisive, plain_settings
-from simquant.parsing import one_line
+from simquant.notices import is_out_of_memory, notices_only, notify, one_line
 
 if TYPE_CHECKING:
     from quant_utils import Setting, Site
@@ -59,7 +58,7 @@ def exit_status(main: Callable[[], None]) -> int:
         with contextlib.suppress(OSError, ValueError):  # or Python's own flush at exit fails again
             os.dup2(nowhere.fileno(), sys.stdout.fileno())
     except Exception as error:
-        from quant_utils import UserError, is_out_of_memory
+        from quant_utils import UserError
 
         if not isinstance(error, UserError) and not is_out_of_memory(error):
             raise
@@ -78,15 +77,7 @@ def begin(flags: Flags, given: Mapping[str, Any]) -> None:
         os.environ |= dict.fromkeys(("HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS"), "1")
     for name in ("torch", "bitsandbytes"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    from quant_utils import Notice, notify
-
-    def show(message, *where) -> None:
-        if processes.index() == 0:
-            print(f"warning: {one_line(str(message))}", file=sys.stderr)
-
-    warnings.simplefilter("ignore")
-    warnings.simplefilter("always", Notice)
-    warnings.showwarning = show  # type: ignore[assignment]
+    notices_only()
     for complaint in flags.vain(given):
         notify(complaint)
     processes.gather([None])  # before anything that takes long
@@ -109,7 +100,8 @@ def evaluate(flags: Flags, given: Mapping[str, Any], stored: Mapping[str, Any] |
     begin(flags, given)
     from simquant import files, kvquant_file, models, plots, quantizer_file, report, speed, texts
 
-    path, exported = getattr(flags, "quantizer_path", None), getattr(flags, "export_kvquant", None)
+    path: str | None = getattr(flags, "quantizer_path", None)
+    exported: str | None = getattr(flags, "export_kvquant", None)
     outputs = [flags.output, flags.plot, flags.plot_activations, exported]
     files.check_writable(outputs, [path, *flags.datasets, flags.model])
     config, tokenizer = models.load_config_and_tokenizer(flags.model)
@@ -118,7 +110,7 @@ def evaluate(flags: Flags, given: Mapping[str, Any], stored: Mapping[str, Any] |
     def settings_of(model) -> tuple[list[Site], dict[Row, Setting]]:
         found = checked_sites(model, flags)
         settings = flags.plan().settings(found)
-        if stored is not None:
+        if stored is not None and path is not None:
             settings = quantizer_file.fitted(path, stored, model.config.model_type, found, settings)
         return found, settings
 
@@ -132,7 +124,11 @@ def evaluate(flags: Flags, given: Mapping[str, Any], stored: Mapping[str, Any] |
         return
     resolved = {"dtype": models.dtype_of(shape), "attn_implementation": shape.config._attn_implementation}
     resolved["compile"] = "on" if speed.is_to_compile(flags.compile, models.single_device(flags.device)) else "off"
-    record = {"script": Path(sys.argv[0]).name, "model": flags.model, "settings": plain_settings(flags) | resolved}
+    record: dict[str, Any] = {
+        "script": Path(sys.argv[0]).name,
+        "model": flags.model,
+        "settings": plain_settings(flags) | resolved,
+    }
     record["sha256"] = report.digests(windows, path) | {"model weights": models.weights_mark(config)}
     known = report.load_unfinished(flags.output, record, decisive(flags)) if flags.resume and flags.output else {}
 
@@ -163,7 +159,6 @@ def narrowest(settings: Mapping[Row, Setting]) -> Setting:
 
 def measure_compiled(model, run: Run, settings: Mapping[Row, Setting], flags: Flags, record: dict) -> list[dict]:
     """Return measure_and_report, with compiled layers if record says so. If they do not compile, auto goes without."""
-    from quant_utils import notify
     from simquant import speed
 
     try:
@@ -179,7 +174,6 @@ def measure_compiled(model, run: Run, settings: Mapping[Row, Setting], flags: Fl
 
 def measure_and_report(model, run: Run, settings: Mapping[Row, Setting], flags: Flags, record: Mapping) -> list[dict]:
     """Measure what run lacks, print its tables, write --output, also when interrupted. Return all rows."""
-    from quant_utils import notify
     from simquant import report
 
     saved = time.monotonic()
@@ -225,7 +219,9 @@ def measure(model, run: Run, dataset: str, settings: Sequence[Setting], batch_si
                 if count == 1:
                     run.add(dataset, figures, time.perf_counter() - start)
                     start = time.perf_counter()
-                    bar.set_postfix_str("ppl " + " ".join(f"{ppl:.4f}" for ppl in run.perplexities(dataset)[:4]))
+                    bar.set_postfix_str(
+                        "ppl " + " ".join(f"{ppl:.4f}" for ppl in run.done(dataset)[:, :4, 0].mean(0).exp().tolist())
+                    )
                 bar.update(len(figures))
                 yield
             if count > 1:
@@ -254,12 +250,12 @@ def print_quantizers(settings: Mapping[Row, Setting]) -> None:
 
 def print_plan(flags: Flags, shape, found: Sequence[Site], settings: Mapping[Row, Setting], windows: Mapping) -> None:
     """Print what --dry_run shows: the sites, the settings, the windows, the sizes of weights and cache."""
-    from simquant import models
+    from simquant import models, sites
 
     quantized = {site for setting in settings.values() for site in setting}
     for site in found:
         rest = "" if site in quantized else ", not quantized"
-        print(f"{site.name}: the output of {site.module_name()}, {site.channels} channels{rest}")
+        print(f"{site.name}: the output of {sites.module_name(site)}, {site.channels} channels{rest}")
     device, line = models.single_device(flags.device), models.weights_line(shape.config)
     print(f"\n{flags.model}: {type(shape).__name__}, {models.dtype_of(shape)} on {device}{line}")
     print(f"settings: {len(settings)}, of {', '.join(dict.fromkeys(str(row.abits) for row in settings))} bits")

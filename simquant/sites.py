@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from quant_utils import Site, UserError, dtype_name, hooked, input_device, is_out_of_memory
+from quant_utils import Site, UserError, dtype_name, hooked, input_device
+from simquant.notices import is_out_of_memory
 
 
 @dataclass(frozen=True)
@@ -33,10 +34,6 @@ class PlacedSite(Site):
     """A site whose module gives more than [B,T,C], or gives it in another shape."""
 
     place: Place = field(compare=False)
-
-    def module_name(self) -> str:
-        """Return words on the module: k_norm, or qkv_proj, block -2."""
-        return self.place.module + ("" if self.place.block is None else f", block {self.place.block}")
 
     def read(self, out: Tensor) -> Tensor:
         """See Site."""
@@ -78,6 +75,11 @@ FAMILIES: dict[str, dict[str, Place]] = {
 }
 USUAL = {"keys": Place("k_proj"), "values": Place("v_proj")}
 NORMS = {"keys": r"(q?k|key)_(layer_?)?norm", "values": r"v(alue)?_norm"}  # names of norms behind a projection
+
+
+def module_name(site: Any) -> str:
+    """Return words on a site's module: k_norm, or qkv_proj, block -2."""
+    return site.place.module + ("" if site.place.block is None else f", block {site.place.block}")
 
 
 def projections(model) -> dict[str, nn.Module]:

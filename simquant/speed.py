@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import os
 import re
@@ -14,7 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import quant_utils as qu
-from quant_utils import UserError, notify
+from quant_utils import UserError
+from simquant.notices import notify
 from simquant.sites import attention_layers
 
 Tails = tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -62,7 +64,9 @@ def decode_nearest(unit: Tensor, levels: Tensor, decoded: Tensor) -> Tensor:
     return chosen
 
 
-PLAIN = {each.__name__: each.__wrapped__ for each in (qu.tail_quantiles, qu.inlier_bounds, qu.decode_nearest)}
+PLAIN: dict[str, Any] = {
+    f.__name__: inspect.unwrap(f) for f in (qu.tail_quantiles, qu.inlier_bounds, qu.decode_nearest)
+}
 qu.FASTER.update(tail_quantiles=tail_quantiles, inlier_bounds=inlier_bounds, decode_nearest=decode_nearest)
 
 

@@ -10,8 +10,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from quant_utils import UserError, notify
+from quant_utils import UserError
 from simquant.models import free_memory, loading
+from simquant.notices import notify
 
 ABOUT = {
     "wikitext2": "WikiText-2 raw test, joined by blank lines, in disjoint windows",
@@ -51,8 +52,8 @@ def document_windows(tokenizer, documents: Sequence[str], seqlen: int, count: in
             raise UserError(f"none of {len(documents)} documents is longer than seqlen {seqlen} tokens: lower seqlen")
         i = rng.randint(0, len(documents) - 1)
         if i not in known:
-            ids = tokenize(tokenizer, documents[i]) if len(documents[i].encode()) >= seqlen else torch.empty(0)
-            known[i] = ids if len(ids) > seqlen else None
+            whole = tokenize(tokenizer, documents[i]) if len(documents[i].encode()) >= seqlen else torch.empty(0)
+            known[i] = whole if len(whole) > seqlen else None
         if (ids := known[i]) is not None:
             windows.append(random_cut(ids, seqlen, rng))
     return torch.stack(windows)

@@ -1,4 +1,4 @@
-"""Paths, the bundled model, and a way to run a script as a user would."""
+"""Paths, the bundled model, and ways to run a script as a user would and an evaluation as a script would."""
 
 import contextlib
 import functools
@@ -29,12 +29,13 @@ settings.load_profile("project")
 
 @functools.cache
 def fork_server():
+    """Return the process that forks scripts, started at the first call."""
     command = [sys.executable, str(ROOT / "tests" / "fork_server.py")]
     return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT.anchor)
 
 
 def run_script(script, *args, env=None, prefix=()):
-    """The finished process of `python script args`, from a folder that is not the project's.
+    """Return the finished process of `python script args`, run in a folder that is not the project's.
 
     With env or prefix it is started from nothing; else it is forked from a process that has the imports done.
     """
@@ -46,7 +47,7 @@ def run_script(script, *args, env=None, prefix=()):
 
 
 def run_together(environments, script, *args):
-    """The finished processes of `python script args`, forked at once, each with an addition to the environment."""
+    """Return finished processes of `python script args`, forked at once, each with an addition to the environment."""
     command, server = [str(script), *map(str, args)], fork_server()
     with contextlib.ExitStack() as stack:
         files = [[stack.enter_context(tempfile.NamedTemporaryFile("r")) for _ in range(2)] for _ in environments]
@@ -59,7 +60,7 @@ def run_together(environments, script, *args):
 
 
 def driver(folder, body):
-    """A script that runs another, its first argument, after body has changed quant_utils, qu."""
+    """Return a script that runs another, its first argument, after body has changed quant_utils, qu."""
     (folder / "driver.py").write_text(
         f"import os, runpy, sys\nimport quant_utils as qu\n{body}\n"
         "sys.argv[:2] = sys.argv[1:2]\nrunpy.run_path(sys.argv[0], run_name='__main__')\n"
@@ -68,7 +69,7 @@ def driver(folder, body):
 
 
 def assert_one_line_error(process, *words):
-    """Exit status 2, nothing on stdout but at most the table's header, one line on stderr that has all words."""
+    """Assert exit status 2, and on stderr, besides warnings, a single line that has all words."""
     assert process.returncode == 2, process.stderr
     lines = [line for line in process.stderr.splitlines() if not line.startswith("warning:")]
     assert len(lines) == 1, process.stderr
@@ -77,52 +78,53 @@ def assert_one_line_error(process, *words):
         assert word in lines[0]
 
 
-def measured(model, windows, *quantizers, batch_size=1):
-    """The finished run of one dataset, "text", in a setting for each {site: Quantizer}; {} is the unquantized model."""
+def measured(model, windows, *settings, batch_size=1):
+    """Return the figures [N,S,len(qu.FIGURES)] of windows [N,T] in each setting; {} is the unquantized model."""
+    import quant_utils as qu
+    from simquant.sites import find_sites
+
+    return torch.cat(list(qu.evaluate(model, find_sites(model), windows, settings, batch_size)))
+
+
+def perplexity(model, windows, setting=None, batch_size=1):
+    """Return the perplexity of model over windows [N,T] in a setting."""
     import quant_utils as qu
 
-    bits = [next((q.spec.bits for q in each.values()), qu.UNQUANTIZED) for each in quantizers]
-    settings = [qu.Setting(b, qu.parts_of(each), each) for b, each in zip(bits, quantizers, strict=True)]
-    run = qu.Run({"text": windows}, settings, qu.cache_widths(model))
-    assert list(qu.measure(model, run, batch_size))[-1] == ("text", True)
-    return run
-
-
-def perplexity(model, windows, quantizers=None, batch_size=1):
-    """Of model with quantizers."""
-    import quant_utils as qu
-
-    run = measured(model, windows, quantizers or {}, batch_size=batch_size)
-    return qu.results(run, "text")[0]["ppl"]
+    return qu.perplexity(measured(model, windows, setting or {}, batch_size=batch_size)[:, 0, 0].tolist())
 
 
 @pytest.fixture(scope="session")
 def config_and_tokenizer():
-    import quant_utils as qu
+    """Those of the bundled model."""
+    from simquant.models import load_config_and_tokenizer
 
-    return qu.load_config_and_tokenizer(str(NANO))
+    return load_config_and_tokenizer(str(NANO))
 
 
 @pytest.fixture(scope="session")
 def tokenizer(config_and_tokenizer):
+    """The bundled model's."""
     return config_and_tokenizer[1]
 
 
 @pytest.fixture(scope="session")
 def model(config_and_tokenizer):
-    import quant_utils as qu
+    """The bundled model on the CPU: 6 layers, 128 channels of keys and of values each."""
+    from simquant.flags import Flags
+    from simquant.models import load_model
 
-    return qu.load_model(qu.ModelSpec(str(NANO), device="cpu"), config_and_tokenizer[0])
+    return load_model(Flags(model=str(NANO), device="cpu"), config_and_tokenizer[0])
 
 
 @pytest.fixture(scope="session")
 def windows(tokenizer):
     """[11, 512] ids of the bundled text."""
-    import quant_utils as qu
+    from simquant.texts import evaluation_windows
 
-    return qu.load_windows(str(SAMPLE), tokenizer, qu.EvalSpec((str(SAMPLE),), seqlen=512))
+    return evaluation_windows(str(SAMPLE), tokenizer, 512, 512)
 
 
 @pytest.fixture(autouse=True)
 def fixed_seed():
+    """Let every test draw the same random numbers."""
     torch.manual_seed(0)

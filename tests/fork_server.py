@@ -6,34 +6,49 @@ each environment that runs the script as __main__, all at once, and answers with
 """
 
 import contextlib
+import importlib
 import json
 import os
+import pkgutil
 import runpy
 import sys
 import traceback
 from pathlib import Path
 
+os.environ |= {  # as a script sets them before it imports anything; the libraries look once
+    "TRANSFORMERS_VERBOSITY": "error",
+    "DATASETS_VERBOSITY": "critical",
+    "HF_HUB_VERBOSITY": "error",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+}
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import accelerate  # noqa: F401
 import datasets  # noqa: F401
+import pandas  # noqa: F401
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM  # noqa: F401
 
 import quant_utils  # noqa: F401
+import simquant
+
+for module in pkgutil.walk_packages(simquant.__path__, "simquant."):
+    importlib.import_module(module.name)
 
 
 def measured_coverage():
-    """Started, if COVERAGE_FORKS names a folder for it, where pytest-cov joins it with that of the tests themselves."""
+    """Return coverage, started, if COVERAGE_FORKS names a folder for it; pytest-cov joins it with the tests' own."""
     if not (folder := os.environ.get("COVERAGE_FORKS")):
         return None
     from coverage import Coverage
 
-    coverage = Coverage(f"{folder}/.coverage", data_suffix=True, source_pkgs=["quant_utils"])
+    packages = ["quant_utils", "simquant", "kvquant_simquant_ppl_eval", "kvquant_llama3_simquant"]
+    coverage = Coverage(f"{folder}/.coverage", data_suffix=True, source_pkgs=packages)
     coverage.start()
     return coverage
 
 
 def run(script, *arguments, environment, out, err):
-    """Never returns: the child becomes the script, and ends with its exit status."""
+    """Become the script, in a child: it never returns, and ends with the script's exit status."""
     os.environ.update(environment)
     for path, descriptor in ((os.devnull, 0), (out, 1), (err, 2)):
         os.dup2(os.open(path, os.O_RDWR | os.O_CREAT), descriptor)

@@ -1,351 +1,294 @@
-"""The quantizer file: the same numbers back, and nothing executed, whatever the bytes."""
+"""The quantizer file: the same quantizers back, and nothing executed, whatever the bytes."""
 
 import contextlib
 import io
+import json
 import math
 import os
 import pickle
+import pickletools
+import signal
 import zipfile
-from dataclasses import replace
+from argparse import ArgumentTypeError
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from conftest import ROOT, SAMPLE, perplexity
-from hypothesis import HealthCheck, given, settings
+from conftest import CALIBRATED_SCRIPT, NANO, SAMPLE, measured, run_script
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 import quant_utils as qu
+from simquant import kvquant_file, quantizer_file
+from simquant.flags import CalibratedFlags, of_the_fit
+from simquant.sites import find_sites
 
-SPECS = {
-    "k_proj": qu.QuantSpec(qu.PER_CHANNEL, 4, "nuq", include_sparse=True),
-    "v_proj": qu.QuantSpec(qu.PER_TOKEN, 4, "nuq", include_sparse=True),
-}
-FLAGS = {
-    "abits": [4], "perchannel": ["k_proj"], "pertoken": ["v_proj"], "include_sparse": True, "sparsity_threshold": 0.99,
-    "first_few_fp16": -1, "nf": False, "nuq": True, "norm": False, "clamp": False, "cap_outliers": None,
-    "fisher": False, "fisher_weighting": "paper", "calib_dataset": "wikitext2", "nsamples": 2, "seed": 0,
-}  # fmt: skip
-GOLDEN = ROOT.parent / "shared" / "golden" / "kvquant_quantizers_nuq4_sparse.pickle"
+INTERRUPT = signal.getsignal(signal.SIGINT)
+import kvquant_llama3_simquant as script  # noqa: E402, it takes Ctrl-C over
 
+signal.signal(signal.SIGINT, INTERRUPT)
 
-@pytest.fixture(scope="module")
-def quantizers(model, config_and_tokenizer):
-    how = qu.CalibrationSpec(str(SAMPLE), nsamples=2, seqlen=256)
-    fitted = qu.calibrate(model, qu.load_calibration_windows(*config_and_tokenizer, how), {4: SPECS}, how)
-    return {name: quantizer for name, (quantizer, _) in fitted[4].items()}
+FLAGS = of_the_fit(
+    CalibratedFlags("nano", kv_format="nuq", nuq=True, include_sparse=True, norm=True, first_few_fp16=1, nsamples=2)
+) | {"abits": [4, 2]}
+OPTIONS = {"levels": "nuq", "outliers": 1 - 0.99, "sinks": 1, "q_norm": True}
+FUZZ = settings(suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow], max_examples=60)
+KEYS = "model.layers.0.self_attn.k_proj"
+DAMAGED = "is damaged, or holds more than data"
 
 
 @pytest.fixture(scope="module")
-def saved(model, quantizers, tmp_path_factory):
+def found(model):
+    return find_sites(model)
+
+
+def setting_of(found, keys=4, values=4):
+    """{site: quantizer} as FLAGS ask for it, not fitted."""
+    plain = {
+        "keys": qu.ScalarQuantizer("channel", keys, **OPTIONS),
+        "values": qu.ScalarQuantizer("token", values, **OPTIONS),
+    }
+    return {site: plain[site.part] for site in found}
+
+
+@pytest.fixture(scope="module")
+def fitted(model, windows, found):
+    """{4: setting, 2: setting}, both fitted."""
+    return qu.calibrate(model, windows[:2, :256], {bits: setting_of(found, bits, bits) for bits in (4, 2)})
+
+
+@pytest.fixture(scope="module")
+def saved(found, fitted, tmp_path_factory):
+    """The path of a quantizer file that holds them."""
     path = str(tmp_path_factory.mktemp("saved") / "q.pkl")
-    qu.save_calibration(path, {4: quantizers}, qu.provenance(model, "nano", FLAGS, 256))
+    shape = {"name": "nano", "type": "llama", "channels": {site.name: site.channels for site in found}}
+    quantizer_file.save(path, fitted, {"model": shape, "settings": FLAGS, "calibration": {"seqlen": 256}})
     return path
 
 
+@pytest.fixture(scope="module")
+def old_layout(saved, fitted):
+    """What the file held in version 2: a range and, for each width, a codebook of every site, and older flags."""
+    quantizers = {}
+    for bits, setting in fitted.items():
+        for site, q in setting.items():
+            codebook = {"levels": q.codebook, "scale": q.scale, "offset": q.offset}
+            quantizers.setdefault(site.name, {"lo": q.lo, "hi": q.hi, "codebooks": {}})["codebooks"][bits] = codebook
+    data = torch.load(saved, weights_only=True)
+    flags = {name: value for name, value in FLAGS.items() if name not in ("kv_format", "skip_layers")}
+    return data | {"format_version": 2, "settings": flags, "quantizers": quantizers}
+
+
+def read(path, found, model_type="llama"):
+    """{row: setting} as an evaluation takes it from a file, with the file's own flags."""
+    data = quantizer_file.load(str(path))
+    flags = script.with_stored(CalibratedFlags("nano", quantizer_path=str(path)), {}, data["settings"])
+    return quantizer_file.fitted(str(path), data, model_type, found, flags.plan().settings(found))
+
+
+def assert_same(ours, theirs):
+    """Two settings have the same fields, tensors bit for bit."""
+    assert list(ours) == list(theirs)
+    for site in ours:
+        states = [quantizer_file.state_of(each[site]) for each in (ours, theirs)]
+        for name, value in states[0].items():
+            other = states[1][name]
+            assert torch.equal(value, other) if torch.is_tensor(value) else value == other, name
+
+
+# -- what comes back
+
+
 @torch.inference_mode()
-def logits(model, quantizers, windows):
-    with qu.simulate_quantization(model, quantizers):
-        return model(windows[:1]).logits
+def test_saved_and_loaded_quantizers_give_bit_identical_logits(model, found, fitted, saved, windows):
+    data = quantizer_file.load(saved)
+    assert data["settings"] == FLAGS and data["model"]["name"] == "nano" and data["calibration"] == {"seqlen": 256}
+    rows = read(saved, found)
+    assert [row.abits for row in rows] == [4, 2]
+    for bits, loaded in zip((4, 2), rows.values(), strict=True):
+        logits = []
+        for setting in ({}, loaded, fitted[bits]):
+            with qu.quantized(setting):
+                logits.append(model(windows[:1]).logits)
+        assert torch.equal(logits[1], logits[2]) and not torch.equal(logits[0], logits[1])
+        assert_same(loaded, fitted[bits])
 
 
-def test_saved_and_loaded_quantizers_give_bit_identical_logits(model, quantizers, saved, windows):
-    data = qu.load_calibration(saved)
-    assert data["settings"] == FLAGS and data["model"]["name"] == "nano"
-    assert data["versions"]["torch"] == torch.__version__
-    loaded = qu.stored_quantizers(saved, data, model, SPECS)
-    assert torch.equal(logits(model, loaded, windows), logits(model, quantizers, windows))
+def test_keys_of_one_width_and_values_of_another_come_from_one_file(found, fitted, saved):
+    data = quantizer_file.load(saved)
+    settings = {name: setting_of(found, *name) for name in ((4, 2), (2, 4))}
+    for (keys, values), loaded in quantizer_file.fitted(saved, data, "llama", found, settings).items():
+        assert_same(loaded, {site: fitted[keys if site.part == "keys" else values][site] for site in found})
+    with pytest.raises(qu.UserError, match=f"no usable 3-bit quantizer for {KEYS}"):
+        quantizer_file.fitted(saved, data, "llama", found, {"3/2": setting_of(found, 3, 2)})
 
 
-def test_a_file_of_another_family_is_refused(model, saved):
-    data = qu.load_calibration(saved)
-    data["model"]["type"] = "qwen2"
-    with pytest.raises(
-        qu.UserError, match="calibrated for a model of type qwen2, and this one is llama: calibrate again"
-    ):
-        qu.stored_quantizers(saved, data, model, SPECS)
+def test_a_file_of_version_2_gives_the_same_quantizers_and_figures(model, found, windows, fitted, old_layout, tmp_path):
+    torch.save(old_layout, tmp_path / "old.pkl")
+    rows = read(tmp_path / "old.pkl", found)
+    for bits, loaded in zip((4, 2), rows.values(), strict=True):
+        assert_same(loaded, fitted[bits])
+        assert all((quantizer.lo is None) == (site.part == "values") for site, quantizer in loaded.items())
+    text = ("--datasets", SAMPLE, "--seqlen", 512, "--limit", 1, "--output", tmp_path / "o.json")
+    process = run_script(CALIBRATED_SCRIPT, NANO, "--quantizer_path", tmp_path / "old.pkl", "--abits", "4/2", *text)
+    assert process.returncode == 0, process.stderr
+    mixed = {site: fitted[4 if site.part == "keys" else 2][site] for site in found}
+    expected = qu.perplexity(measured(model, windows[:1], mixed)[:, 0, 0].tolist())
+    assert json.loads((tmp_path / "o.json").read_text())["results"][0]["ppl"] == pytest.approx(expected, rel=1e-9)
 
 
-@pytest.mark.parametrize("q_norm", [False, True])
-def test_export_is_read_by_plain_pickle_and_by_our_reader(model, quantizers, windows, tmp_path, q_norm):
-    if q_norm:
-        unit = torch.randn(1000) / 3
-        quantizers = {n: replace(q, codebook=qu.q_norm(unit, q.codebook.levels)) for n, q in quantizers.items()}
-    path = str(tmp_path / "published.pickle")
-    qu.export_kvquant(path, quantizers)
-    with open(path, "rb") as file:
-        published = pickle.load(file)
-    for name, quantizer in quantizers.items():
-        upper, lower, (centroids,), *norm = published[name]
-        assert centroids.shape == (16, 1) and centroids.dtype == np.float32 and len(norm) == 2 * q_norm
-        if name.endswith("k_proj"):
-            assert torch.equal(upper, quantizer.hi[None]) and torch.equal(lower, quantizer.lo[None])
-        scale, offset = norm or (1, 0)
-        decoded = torch.from_numpy(centroids[:, 0]).double() * scale + offset
-        torch.testing.assert_close(decoded.float(), quantizer.codebook.decoded, rtol=1e-6, atol=1e-6)
-    data = qu.load_calibration(path)
-    assert data["settings"] == {"nuq": True, "norm": q_norm, "abits": [4]}
-    read = qu.stored_quantizers(path, data, model, SPECS)
-    theirs, ours = logits(model, read, windows), logits(model, quantizers, windows)
-    assert torch.equal(theirs, ours)
+@dataclass(frozen=True, eq=False)
+class Nested(qu.Quantizer):
+    """A format that holds another quantizer, a table, and whom it looks up."""
+
+    bits: int
+    inner: qu.Quantizer
+    table: torch.Tensor
+    sources: tuple = ()
 
 
-def test_a_uniform_export_has_ranges_only(model, quantizers, tmp_path):
-    path = str(tmp_path / "uniform.pickle")
-    specs = {name: replace(spec, codebook="uniform") for name, spec in SPECS.items()}
-    levels = qu.Codebook(qu.uniform_levels(4))
-    uniform = {n: replace(q, spec=specs[n.rpartition(".")[2]], codebook=levels) for n, q in quantizers.items()}
-    qu.export_kvquant(path, uniform)
-    with open(path, "rb") as file:
-        assert {len(entry) for entry in pickle.load(file).values()} == {2}
-    read = qu.stored_quantizers(path, qu.load_calibration(path), model, specs)
-    assert all(torch.equal(read[n].codebook.levels, q.codebook.levels) for n, q in uniform.items())
+def test_a_format_comes_back_with_its_tensors_its_sources_and_the_quantizers_inside_it(found, fitted, tmp_path):
+    inner, site = fitted[4][found[0]], found[1]
+    held = Nested(3, inner, torch.arange(6.0).view(2, 3), ((0, "keys"),))
+    path = str(tmp_path / "nested.pkl")
+    quantizer_file.save(path, {3: {site: held}}, {"model": {"name": "nano", "channels": {}}, "settings": {}})
+    (back,) = quantizer_file.load(path)["quantizers"][site.name].values()
+    assert type(back) is Nested and (back.bits, back.sources) == (3, ((0, "keys"),))
+    assert torch.equal(back.table, held.table)
+    assert_same({site: back.inner}, {site: inner})
 
 
-@pytest.mark.skipif(not GOLDEN.is_file(), reason="needs ../shared")
-def test_a_file_of_the_published_calibration_is_read(model, windows):
-    data = qu.load_calibration(str(GOLDEN))
-    quantizers = qu.stored_quantizers(str(GOLDEN), data, model, SPECS)
-    with GOLDEN.open("rb") as file:
-        published = pickle.load(file)
-    upper, lower, (centroids,) = published["model.layers.3.self_attn.k_proj"]
-    read = quantizers["model.layers.3.self_attn.k_proj"]
-    assert torch.equal(read.hi, upper[0]) and torch.equal(read.lo, lower[0])
-    np.testing.assert_array_equal(read.codebook.levels, np.sort(centroids[:, 0]))
-    assert quantizers["model.layers.3.self_attn.v_proj"].lo is None
-    base = perplexity(model, windows)
-    assert base < perplexity(model, windows, quantizers) < 1.02 * base
+# -- files for something else
 
 
-# -- refused, with one line
+def test_a_file_of_another_family_is_refused(found, saved):
+    with pytest.raises(qu.UserError, match="for a model of type llama, and this one is qwen2: calibrate again"):
+        read(saved, found, "qwen2")
 
 
-def test_a_file_for_another_model_shape(saved, model):
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    data = qu.load_calibration(saved)
-    config = model.config.to_dict() | {"num_hidden_layers": 4, "dtype": "float32"}
-    fewer = LlamaForCausalLM(LlamaConfig(**config))
-    with pytest.raises(qu.UserError, match=r"for nano: it has 128 channels for model.layers.4.*this model has none"):
-        qu.stored_quantizers(saved, data, fewer, SPECS)
-    narrow = LlamaForCausalLM(LlamaConfig(**(model.config.to_dict() | {"num_key_value_heads": 2, "dtype": "float32"})))
-    with pytest.raises(qu.UserError, match=r"has 128 channels for .*this model has 64"):
-        qu.stored_quantizers(saved, data, narrow, SPECS)
+def test_a_file_of_another_shape_is_refused(found, saved):
+    with pytest.raises(qu.UserError, match=r"for nano: it has 128 channels for model\.layers\.5.*this model has none"):
+        read(saved, found[:10])
+    narrow = [replace(site, channels=64) for site in found]
+    with pytest.raises(qu.UserError, match=r"for nano: it has 128 channels for .*this model has 64"):
+        read(saved, narrow)
+    deeper = [*found, replace(found[0], layer=6, name="model.layers.6.self_attn.k_proj")]
+    with pytest.raises(qu.UserError, match=r"it has no channels for model\.layers\.6.*this model has 128"):
+        read(saved, deeper)
 
 
-def test_a_file_from_a_later_version(saved, tmp_path):
-    data = torch.load(saved, weights_only=True)
-    torch.save(data | {"format_version": 3}, tmp_path / "later.pkl")
-    with pytest.raises(qu.UserError, match="format version 3; this program reads 2"):
-        qu.load_calibration(str(tmp_path / "later.pkl"))
+@pytest.mark.parametrize("version", [1, 4, "3", None])
+def test_a_file_of_a_version_that_is_not_read_names_it(saved, tmp_path, version):
+    torch.save(torch.load(saved, weights_only=True) | {"format_version": version}, tmp_path / "later.pkl")
+    with pytest.raises(qu.UserError, match=rf"format version {version}, and this program reads 2 and 3"):
+        quantizer_file.load(str(tmp_path / "later.pkl"))
 
 
-def test_a_file_of_the_first_version_is_still_read(saved, quantizers, model, tmp_path):
-    """It held one width: abits a number, a site's levels beside its range."""
-    data = torch.load(saved, weights_only=True)
-    for parts in data["quantizers"].values():
-        parts |= parts.pop("codebooks")[4]
-    torch.save(data | {"format_version": 1, "settings": data["settings"] | {"abits": 4}}, tmp_path / "v1.pkl")
-    read = qu.load_calibration(str(tmp_path / "v1.pkl"))
-    assert read["settings"] == FLAGS
-    loaded = qu.stored_quantizers("v1.pkl", read, model, SPECS)
-    assert all(torch.equal(loaded[n].codebook.levels, q.codebook.levels) for n, q in quantizers.items())
-
-
-def test_several_widths_in_one_file_are_those_of_separate_calibrations(model, config_and_tokenizer, tmp_path):
-    how = qu.CalibrationSpec(str(SAMPLE), nsamples=2, seqlen=128, fisher="paper", q_norm=True)
-    windows = qu.load_calibration_windows(*config_and_tokenizer, how)
-    sweep = {bits: {n: replace(spec, bits=bits) for n, spec in SPECS.items()} for bits in (4, 3, 2)}
-    together = qu.calibrate(model, windows, sweep, how)
-    path, flags = str(tmp_path / "q.pkl"), FLAGS | {"abits": [4, 3, 2]}
-    fitted = {bits: {n: q for n, (q, _) in sites.items()} for bits, sites in together.items()}
-    qu.save_calibration(path, fitted, qu.provenance(model, "nano", flags, 128))
-    data = qu.load_calibration(path)
-    assert data["settings"]["abits"] == [4, 3, 2]
-    for bits, specs in sweep.items():
-        alone = qu.calibrate(model, windows, {bits: specs}, how)[bits]
-        read = qu.stored_quantizers(path, data, model, specs)
-        for name, (quantizer, fit) in alone.items():
-            assert together[bits][name][1] == fit and read[name].spec == quantizer.spec
-            assert torch.equal(read[name].codebook.decoded, quantizer.codebook.decoded)
-            assert quantizer.lo is None or torch.equal(read[name].lo, quantizer.lo)
-    with pytest.raises(qu.UserError, match="no usable 5-bit quantizer"):
-        qu.stored_quantizers(path, data, model, {n: replace(spec, bits=5) for n, spec in SPECS.items()})
-
-
-@pytest.mark.parametrize("damage", ["absent", "empty", "cut", "text", "other", "state_dict"])
-def test_a_file_that_is_none(saved, tmp_path, damage):
+@pytest.mark.parametrize("kind", ["absent", "a folder", "empty", "cut", "a text", "a list", "a state dict"])
+def test_what_is_no_quantizer_file_is_one_line(saved, tmp_path, kind):
     path, whole = tmp_path / "bad.pkl", Path(saved).read_bytes()
-    contents = {"empty": b"", "cut": whole[: len(whole) // 2], "text": b"hello", "other": pickle.dumps([1])}
-    if damage == "state_dict":
+    contents = {"empty": b"", "cut": whole[: len(whole) // 2], "a text": b"hello", "a list": pickle.dumps([1])}
+    if kind == "a folder":
+        path.mkdir()
+    elif kind == "a state dict":
         torch.save({"weight": torch.zeros(3)}, path)
-    elif damage != "absent":
-        path.write_bytes(contents[damage])
-    with pytest.raises(qu.UserError, match=r"bad.pkl"):
-        qu.load_calibration(str(path))
+    elif kind != "absent":
+        path.write_bytes(contents[kind])
+    with pytest.raises(qu.UserError, match=r"bad.pkl' (is damaged|cannot be read)"):
+        quantizer_file.load(str(path))
 
 
-@pytest.mark.parametrize(
-    "wrong",
-    [
-        {"lo": None},
-        {"levels": 2 * torch.linspace(-1, 1, 16)},
-        {"levels": torch.zeros(8)},
-        {"levels": torch.arange(16.0).flip(0)},
-        {"hi": torch.full((128,), -99.0)},
-        {"hi": torch.ones(64)},
-    ],
-)
-def test_tensors_that_make_no_quantizer(saved, model, tmp_path, wrong):
-    data = torch.load(saved, weights_only=True)
-    parts = data["quantizers"]["model.layers.0.self_attn.k_proj"]
-    (parts["codebooks"][4] if "levels" in wrong else parts).update(wrong)
-    torch.save(data, tmp_path / "wrong.pkl")
-    with pytest.raises(qu.UserError, match=r"no usable 4-bit quantizer for model.layers.0.self_attn.k_proj"):
-        qu.stored_quantizers("wrong.pkl", qu.load_calibration(str(tmp_path / "wrong.pkl")), model, SPECS)
+# -- damage
 
 
-@pytest.mark.parametrize(
-    ("place", "value"),
-    [
-        (("settings", "sparsity_threshold"), None),
-        (("settings", "perchannel"), [1]),
-        (("settings", "abits"), [16]),
-        (("settings", "abits"), []),
-        (("settings", "abits"), [4, 4]),
-        (("settings", "abits"), [4.0]),
-        (("settings", "abits"), 4),
-        (("settings", "unknown"), 1),
-        (("settings", "cap_outliers"), 10**400),
-        (("model", "name"), torch.zeros(2)),
-        (("quantizers", 1), {}),
-        (("quantizers", "model.layers.0.self_attn.k_proj", "codebooks"), []),
-        (("quantizers", "model.layers.0.self_attn.k_proj", "codebooks"), None),
-        (("quantizers", "model.layers.0.self_attn.k_proj", "codebooks", 4, "scale"), math.nan),
-        (("quantizers", "model.layers.0.self_attn.k_proj", "codebooks", 4, "scale"), None),
-        (("quantizers", "model.layers.0.self_attn.k_proj", "codebooks", 4, "levels"), torch.zeros(16).to_sparse()),
-        (("quantizers", "model.layers.0.self_attn.k_proj", "lo"), torch.zeros(128, dtype=torch.int64)),
-        (("quantizers", "model.layers.0.self_attn.k_proj", "hi"), torch.full((128,), math.inf)),
-    ],
-)
-def test_contents_of_another_type_are_refused(saved, tmp_path, place, value):
-    data = torch.load(saved, weights_only=True)
-    *path, last = place
-    part = data
-    for key in path:
-        part = part[key]
-    part[last] = value
+WRONG_PARTS = [
+    ("lo", None),
+    ("lo", torch.zeros(128, dtype=torch.int64)),
+    ("hi", torch.full((128,), -99.0)),
+    ("hi", torch.ones(64)),
+    ("hi", torch.full((128,), math.inf)),
+    ("codebook", 2 * torch.linspace(-1, 1, 16)),
+    ("codebook", torch.zeros(8)),
+    ("codebook", torch.linspace(1, -1, 16)),
+    ("codebook", torch.zeros(16).to_sparse()),
+    ("scale", math.nan),
+    ("scale", None),
+]
+
+
+@pytest.mark.parametrize("version", [2, 3])
+@pytest.mark.parametrize(("name", "value"), WRONG_PARTS)
+def test_parts_that_make_no_quantizer_are_refused(saved, found, old_layout, tmp_path, version, name, value):
+    data = pickle.loads(pickle.dumps(old_layout)) if version == 2 else torch.load(saved, weights_only=True)
+    parts = data["quantizers"][KEYS]
+    if version == 3:
+        parts[4][name] = value
+    else:
+        held = parts if name in ("lo", "hi") else parts["codebooks"][4]
+        held["levels" if name == "codebook" else name] = value
     torch.save(data, tmp_path / "odd.pkl")
-    with pytest.raises(qu.UserError, match=r"odd.pkl.* is damaged, or holds more than data"):
-        qu.load_calibration(str(tmp_path / "odd.pkl"))
+    with pytest.raises(qu.UserError, match=rf"odd\.pkl' ({DAMAGED}|has no usable 4-bit quantizer for {KEYS})"):
+        read(tmp_path / "odd.pkl", found)
 
 
-class Forged:
-    """A structured dtype that hides a pointer, through the state that numpy.dtype takes."""
-
-    def __reduce__(self):
-        fields = {"a": (np.dtype("O"), 0)}
-        return np.dtype, ("V8", False, True), (3, "|", None, ("a",), fields, 8, 1, 0)
-
-
-class Pointer:
-    def __reduce__(self):
-        return np.float32(0).__reduce__()[0], (Forged(), b"A" * 8)
+odd_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5) | st.just(10**400) | st.binary()
+    | st.sampled_from([torch.zeros(0), torch.zeros(8), torch.zeros(2, 2), torch.tensor(math.nan), "k_proj", 16, -1.0]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=4,
+)  # fmt: skip
 
 
-def test_a_forged_dtype_is_refused_before_numpy_sees_it(tmp_path):
-    (tmp_path / "forged.pkl").write_bytes(pickle.dumps({"a.k_proj": (Pointer(), torch.ones(1, 2))}))
-    with pytest.raises(qu.UserError, match=r"'V8', which is no plain number|'O8', which is no plain number"):
-        qu.load_calibration(str(tmp_path / "forged.pkl"))
-
-
-def test_a_pickle_changes_no_function_of_torch(tmp_path):
-    defaults = torch._utils._rebuild_tensor_v2.__defaults__
-    attack = b"\x80\x04ctorch._utils\n_rebuild_tensor_v2\nN}(\x8c\x0c__defaults__(\x8c\x01a\x8c\x01btu\x86b."
-    (tmp_path / "attack.pkl").write_bytes(attack)
-    with pytest.raises(qu.UserError, match=r"attack.pkl"):
-        qu.load_calibration(str(tmp_path / "attack.pkl"))
-    assert torch._utils._rebuild_tensor_v2.__defaults__ == defaults
-
-
-@pytest.mark.parametrize("protocol", range(2, 6))
-@pytest.mark.parametrize("kind", [np.float32, np.float64])
-def test_published_files_of_every_protocol_are_read(tmp_path, protocol, kind):
-    centroids = np.sort(np.random.default_rng(0).uniform(-1, 1, (16, 1)).astype(kind), axis=0)
-    entry = (torch.ones(1, 4), -torch.ones(1, 4), [centroids], kind(1.5), torch.tensor(0.25))
-    (tmp_path / "p.pickle").write_bytes(pickle.dumps({"layer.k_proj": entry}, protocol=protocol))
-    data = qu.load_calibration(str(tmp_path / "p.pickle"))
-    parts = data["quantizers"]["layer.k_proj"]["codebooks"][4]
-    np.testing.assert_array_equal(parts["levels"], centroids[:, 0].astype(np.float32))
-    assert (parts["scale"], parts["offset"]) == (1.5, 0.25) and data["model"]["channels"] == {"layer.k_proj": 4}
-
-
-class Bomb:
-    def __init__(self, target):
-        self.target = str(target)
-
-    def __reduce__(self):
-        return os.mkdir, (self.target,)
-
-
-@pytest.mark.parametrize("protocol", range(6))
-def test_a_pickle_that_would_run_code_is_refused_and_runs_none(tmp_path, protocol):
-    target = tmp_path / "executed"
-    harmless = (torch.ones(1, 4), -torch.ones(1, 4))
-    for content in (Bomb(target), {"model.layers.0.self_attn.k_proj": (*harmless, Bomb(target))}):
-        (tmp_path / "bomb.pkl").write_bytes(pickle.dumps(content, protocol=protocol))
-        with pytest.raises(qu.UserError, match=r"holds more than data.*mkdir"):
-            qu.load_calibration(str(tmp_path / "bomb.pkl"))
-        assert not target.exists()
-
-
-def test_code_inside_our_own_format_or_inside_a_tensors_storage_is_refused(tmp_path):
-    target = tmp_path / "executed"
-    torch.save({"format": qu.FILE_FORMAT, "format_version": 1, "settings": Bomb(target)}, tmp_path / "zip.pkl")
-    inner = io.BytesIO()
-    torch.save(Bomb(target), inner, _use_new_zipfile_serialization=False)
-
-    class Storage:
-        def __reduce__(self):
-            return torch.storage._load_from_bytes, (inner.getvalue(),)
-
-    (tmp_path / "storage.pkl").write_bytes(pickle.dumps({"a": Storage()}))
-    for name in ("zip.pkl", "storage.pkl"):
-        with pytest.raises(qu.UserError, match="holds more than data"):
-            qu.load_calibration(str(tmp_path / name))
-    assert not target.exists()
+@settings(FUZZ, max_examples=300)
+@given(st.data(), st.sampled_from([2, 3]))
+def test_a_file_with_anything_in_place_of_a_part_is_read_or_refused(saved, old_layout, found, tmp_path, data, version):
+    stored = pickle.loads(pickle.dumps(old_layout)) if version == 2 else torch.load(saved, weights_only=True)
+    place, parts = stored, []
+    while isinstance(place, dict) and place and (not parts or data.draw(st.integers(0, 4))):
+        key = data.draw(st.sampled_from(sorted(place, key=str)))
+        parts.append((place, key))
+        place = place[key]
+    parent, key = parts[-1]
+    if data.draw(st.booleans()):
+        parent[key] = data.draw(odd_values)
+    else:
+        del parent[key]
+    torch.save(stored, tmp_path / "odd.pkl")
+    with contextlib.suppress(qu.UserError, ArgumentTypeError):
+        for setting in read(tmp_path / "odd.pkl", found).values():
+            for site, quantizer in setting.items():
+                assert quantizer.quantize(torch.ones(1, 2, site.channels)).values.shape == (1, 2, site.channels)
 
 
 edits = st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.integers(0, 255)), min_size=1, max_size=8)
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=200)
+@FUZZ
 @given(edits, st.floats(0, 1), st.sampled_from(["ours", "published"]))
-def test_edited_and_truncated_files_are_read_or_refused(model, saved, quantizers, tmp_path, changes, length, kind):
+def test_edited_and_truncated_files_are_read_or_refused(saved, found, fitted, tmp_path, changes, length, kind):
     path = tmp_path / "fuzzed"
     if kind == "published":
-        qu.export_kvquant(str(path), quantizers)
+        kvquant_file.export(str(path), fitted[4])
     content = bytearray((path if kind == "published" else Path(saved)).read_bytes())
     for place, value in changes:
         content[int(place * len(content))] = value
     path.write_bytes(content if length > 0.5 else content[: int(2 * length * len(content))])
-    with contextlib.suppress(qu.UserError):
-        read = qu.stored_quantizers(str(path), qu.load_calibration(str(path)), model, SPECS)
+    with contextlib.suppress(qu.UserError, ArgumentTypeError):
+        rows = read(path, found)
         if kind == "ours":  # its checksums let no edit of a number through
-            assert all(torch.equal(read[n].codebook.levels, q.codebook.levels) for n, q in quantizers.items())
+            assert_same(next(iter(rows.values())), fitted[4])
 
 
-def test_an_edited_number_does_not_pass_the_checksum(saved, quantizers, tmp_path):
-    content = Path(saved).read_bytes()
-    levels = quantizers["model.layers.0.self_attn.k_proj"].codebook.levels.numpy().tobytes()
+def test_an_edited_number_does_not_pass_the_checksum(saved, fitted, found, tmp_path):
+    content, levels = Path(saved).read_bytes(), fitted[4][found[0]].codebook.numpy().tobytes()
     assert content.count(levels) == 1
     (tmp_path / "edited.pkl").write_bytes(content.replace(levels, levels[:-4] + b"\x00\x00\x80\x3f"))
-    with pytest.raises(qu.UserError, match=r"edited.pkl.* is damaged"):
-        qu.load_calibration(str(tmp_path / "edited.pkl"))
+    with pytest.raises(qu.UserError, match=rf"edited\.pkl' {DAMAGED}"):
+        quantizer_file.load(str(tmp_path / "edited.pkl"))
 
 
-def test_an_interrupted_save_leaves_the_old_file(saved, quantizers, model, tmp_path, monkeypatch):
+def test_an_interrupted_save_leaves_the_old_file(fitted, tmp_path, monkeypatch):
     path = tmp_path / "q.pkl"
     path.write_bytes(b"old")
 
@@ -355,12 +298,83 @@ def test_an_interrupted_save_leaves_the_old_file(saved, quantizers, model, tmp_p
 
     monkeypatch.setattr(os, "fsync", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        qu.save_calibration(str(path), {4: quantizers}, qu.provenance(model, "nano", FLAGS, 256))
+        quantizer_file.save(str(path), fitted, {})
     assert path.read_bytes() == b"old" and [file.name for file in tmp_path.iterdir()] == ["q.pkl"]
 
 
-def test_the_file_holds_plain_data_only(saved):
+# -- nothing is executed
+
+
+def zipped(members):
+    """The bytes of an archive of {name: content}."""
+    content = io.BytesIO()
+    with zipfile.ZipFile(content, "w") as archive:
+        for name, each in members.items():
+            archive.writestr(name, each)
+    return content.getvalue()
+
+
+archives = st.dictionaries(
+    st.sampled_from(["a/data.pkl", "a/version", "a/byteorder", "a/data/0", "constants.pkl", "a/code/x.py", "../x"]),
+    st.binary(max_size=30) | st.sampled_from([pickle.dumps({}), pickle.dumps({"format": "x"}, 2), b"3\n"]),
+).map(zipped)
+pickles = st.lists(st.sampled_from([op.code.encode("latin1") for op in pickletools.opcodes]) | st.binary(max_size=6))
+loose = st.binary(max_size=80) | pickles.map(lambda ops: b"\x80\x04" + b"".join(ops))
+
+
+@settings(FUZZ, max_examples=300)
+@given(archives | loose)
+def test_any_bytes_are_no_quantizer_file(tmp_path, content):
+    (tmp_path / "q.pkl").write_bytes(content)
+    with contextlib.suppress(qu.UserError):  # an empty dictionary is one of KVQuant's, of no projection
+        assert quantizer_file.load(str(tmp_path / "q.pkl"))["quantizers"] == {}
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == {"q.pkl": content}
+
+
+CALLS = [
+    ("os", "mkdir", "{}"),
+    ("posix", "mkdir", "{}"),
+    ("builtins", "eval", "__import__('os').mkdir({!r})"),
+    ("builtins", "exec", "import os; os.mkdir({!r})"),
+    ("torch.jit", "os.mkdir", "{}"),
+    ("numpy", "_core.multiarray.sys.modules", "{}"),
+]
+
+
+def call(module, name, argument, is_global=True):
+    """Opcodes that call module.name with a text, and drop the result."""
+    texts = [b"X" + len(text.encode()).to_bytes(4, "little") + text.encode() for text in (module, name, argument)]
+    lookup = f"c{module}\n{name}\n".encode() if is_global else texts[0] + texts[1] + b"\x93"  # STACK_GLOBAL
+    return lookup + texts[2] + b"\x85R0"
+
+
+def test_the_calls_below_are_ones_that_pickle_would_make(tmp_path):
+    for number, is_global in enumerate((True, False)):
+        target = tmp_path / str(number)
+        assert pickle.loads(b"\x80\x04" + call("os", "mkdir", str(target), is_global) + b"N.") is None
+        assert target.is_dir()
+
+
+@FUZZ
+@given(st.data(), st.sampled_from(CALLS), st.sampled_from(["ours", "published", "storage"]), st.booleans())
+def test_a_call_anywhere_inside_a_file_is_refused_and_not_made(saved, fitted, tmp_path, data, what, kind, is_global):
+    """Also in a tensor's storage, which is a pickle in the pickle."""
+    module, name, argument = what
+    assume(is_global or name.isidentifier())
     with zipfile.ZipFile(saved) as archive:
-        names = [name for name in archive.namelist() if name.endswith("data.pkl")]
-        assert len(names) == 1
-    assert torch.load(saved, weights_only=True)["format_version"] == 2
+        members = {each: archive.read(each) for each in archive.namelist()}
+    stem = next(each for each in members if each.endswith("data.pkl"))
+    kvquant_file.export(str(tmp_path / "e.pkl"), fitted[4])
+    published = pickle.dumps(pickle.loads((tmp_path / "e.pkl").read_bytes()), 2)
+    sound = {"ours": members[stem], "published": published, "storage": pickle.dumps({"a": 1}, 2)}[kind]
+    place = data.draw(st.sampled_from([place for _, _, place in pickletools.genops(sound)][1:]))
+    attack = call(module, name, argument.format(str(tmp_path / "executed")), is_global)
+    content = sound[:place] + attack + sound[place:]
+    if kind == "ours":
+        content = zipped(members | {stem: content})
+    elif kind == "storage":
+        content = b"\x80\x02ctorch.storage\n_load_from_bytes\n" + pickle.dumps(content, 2)[2:-1] + b"\x85R."
+    (tmp_path / "attack.pkl").write_bytes(content)
+    with pytest.raises(qu.UserError, match=r"attack\.pkl"):
+        quantizer_file.load(str(tmp_path / "attack.pkl"))
+    assert not (tmp_path / "executed").exists()

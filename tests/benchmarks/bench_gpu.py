@@ -9,7 +9,6 @@ bfloat16, sdpa, windows of 2048 random tokens, batch 1; medians in one process; 
 It needs torch, transformers and accelerate alone: the weights are made from the config.
 """
 
-import contextlib
 import statistics
 import sys
 import time
@@ -23,6 +22,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(ROOT))
 import quant_utils as qu  # noqa: E402
+from simquant import models, processes, report, sites, speed  # noqa: E402
+from simquant.methods import Plan, Width  # noqa: E402
+from simquant.run import measure  # noqa: E402
 
 REPEATS, WINDOWS, SEQLEN, WIKITEXT2 = 9, 16, 2048, 141
 LLAMA_3_8B = {
@@ -33,7 +35,7 @@ LLAMA_3_8B = {
 
 def random_model():
     torch.manual_seed(0)
-    torch.cuda.set_device(qu.process_index(local=True))
+    torch.cuda.set_device(processes.index(local=True))
     torch.set_default_dtype(torch.bfloat16)
     with torch.device("cuda"):
         model = LlamaForCausalLM(LlamaConfig(**LLAMA_3_8B, attn_implementation="sdpa"))
@@ -68,37 +70,37 @@ def plain_loop(model, windows):
 
 
 def loop(model, windows, *settings):
-    run = qu.Run({"random": windows}, settings, qu.cache_widths(model))
-    list(qu.measure_together(model, run))
+    """The finished run of windows in these settings, each a (row, {site: quantizer})."""
+    run = report.Run({"random": windows}, [row for row, _ in settings], sites.find_sites(model), 131072)
+    for _ in measure(model, run, "random", [setting for _, setting in settings], 1):
+        pass
     return run
 
 
-def specs(bits, **options):
-    return {
-        "k_proj": qu.QuantSpec(qu.PER_CHANNEL, bits, **options),
-        "v_proj": qu.QuantSpec(qu.PER_TOKEN, bits, **options),
-    }
-
-
-def setting(model, bits, quantizers):
-    return qu.Setting(bits, qu.parts_of(quantizers), qu.on_device(model, quantizers))
+def plan(bits, **options):
+    method = options.pop("levels", "uniform")
+    return Plan(
+        method, [Width(bits, bits)], {"keys": "channel", "values": "token"}, {n: (n, v) for n, v in options.items()}
+    )
 
 
 def dynamic(model, bits, **options):
-    return setting(model, bits, qu.dynamic_quantizers(model, {} if bits == qu.UNQUANTIZED else specs(bits, **options)))
+    (each,) = plan(bits, **options).settings(sites.find_sites(model)).items()
+    return each[0], qu.on_device(each[1])
 
 
-def calibrated(model, how, windows=16, **options):
-    """(seconds, setting) of 3-bit quantizers with 1 % outliers and the first token exact."""
-    sweep = {3: specs(3, include_sparse=True, first_few_fp16=1, **options)}
-    taken, fitted = seconds(lambda: qu.calibrate(model, random_windows(windows), sweep, how))
-    return taken, setting(model, 3, {name: quantizer for name, (quantizer, _) in fitted[3].items()})
+def calibrated(model, windows=16, **options):
+    """(seconds, (row, setting)) of 3-bit quantizers with 1 % outliers and the first token exact."""
+    settings = plan(3, outliers=1 - 0.99, sinks=1, **options).settings(sites.find_sites(model))
+    taken, fitted = seconds(lambda: qu.calibrate(model, random_windows(windows), settings))
+    ((row, setting),) = fitted.items()
+    return taken, (row, qu.on_device(setting))
 
 
 def peak_gib(weights):
     """Above the weights, since the last call."""
     peak = (torch.cuda.max_memory_allocated() - weights) / 2**30
-    qu.reset_peak_memory()
+    models.reset_peak_memory()
     return peak
 
 
@@ -107,15 +109,15 @@ def show(label, figure, unit, bound=None):
     print(f"{label:66s} {figure:8.3f} {unit:4s}{beside}", flush=True)
 
 
-def whole_job(model, how):
+def whole_job(model):
     """Everything that follows the loading of model and quantizers, in a process that has compiled nothing yet."""
 
     def job():
-        with qu.compiled(model):
+        with speed.compiled(model):
             return loop(model, random_windows(WIKITEXT2), three_bits)
 
-    _, three_bits = calibrated(model, how, windows=1, codebook="nuq")
-    taken, _ = seconds(lambda: qu.is_to_compile(qu.ModelSpec("random")))
+    _, three_bits = calibrated(model, windows=1, levels="nuq")
+    taken, _ = seconds(lambda: speed.is_to_compile("auto", torch.device("cuda")))
     show("trying the compiler, which comes before the loading of the model", taken, "s")
     taken, _ = seconds(job)
     show(f"nuq3 with 1 % outliers on {WIKITEXT2} windows, compilation included", taken, "s", 10)
@@ -130,26 +132,26 @@ def uncompiled(model, windows, weights):
     show("... memory above the weights", peak_gib(weights), "GiB")
     eager, _ = milliseconds(lambda: loop(model, windows, dynamic(model, 16)))
     show("our loop, unquantized, not compiled", eager, "ms")
-    taken, static_nuq = calibrated(model, qu.CalibrationSpec(), codebook="nuq")
+    taken, static_nuq = calibrated(model, levels="nuq")
     show("calibration on 16 windows, NUQ and outliers", taken, "s", 15)
     show("... memory above the weights", peak_gib(weights), "GiB")
-    taken, _ = calibrated(model, qu.CalibrationSpec(fisher="paper"), codebook="nuq")
+    taken, _ = calibrated(model, levels="nuq", fisher="paper")
     show("... with Fisher information", taken, "s", 30)
     show("... memory above the weights", peak_gib(weights), "GiB")
-    return plain, calibrated(model, qu.CalibrationSpec(), windows=4)[1], static_nuq
+    return plain, calibrated(model, windows=4)[1], static_nuq
 
 
 def ratios(model, windows, weights, plain, static_uniform, static_nuq):
     """What each way to quantize costs against the unquantized loop."""
-    sparse = {"include_sparse": True}
+    sparse = {"outliers": 1 - 0.99}
     rows = [
         ("dynamic, uniform", dynamic(model, 3), 1.015),
-        ("dynamic, NormalFloat", dynamic(model, 3, codebook="nf"), 1.015),
+        ("dynamic, NormalFloat", dynamic(model, 3, levels="nf"), 1.015),
         ("unquantized, which shows the noise", dynamic(model, 16), None),
         ("calibrated keys, uniform, 1 % outliers, first token exact", static_uniform, 1.03),
         ("calibrated keys, NUQ, 1 % outliers, first token exact", static_nuq, 1.03),
         ("dynamic, uniform, 1 % outliers", dynamic(model, 3, **sparse), 1.06),
-        ("dynamic, uniform, 1 % outliers, first token exact", dynamic(model, 3, first_few_fp16=1, **sparse), 1.06),
+        ("dynamic, uniform, 1 % outliers, first token exact", dynamic(model, 3, sinks=1, **sparse), 1.06),
     ]
     unquantized = dynamic(model, 16)
     taken, _ = seconds(lambda: loop(model, windows, unquantized))
@@ -177,33 +179,32 @@ def sweep_and_long_window(model, windows, weights):
     alone = [milliseconds(lambda each=each: loop(model, windows, each)) for each in sweep]
     together, run = milliseconds(lambda: loop(model, windows, *sweep))
     show("sweep of 16, 4, 3, 2 bits: against its settings alone", together / sum(ms for ms, _ in alone), "x", 1.1)
-    same = [[row[0].nll for row in one.measured["random"]] for _, one in alone] == [
-        [row[column].nll for row in run.measured["random"]] for column in range(len(sweep))
-    ]
+    columns = [run.done("random")[:, column, 0] for column in range(len(sweep))]
+    same = all(
+        torch.equal(one.done("random")[:, 0, 0], column) for (_, one), column in zip(alone, columns, strict=True)
+    )
     print(f"losses of the sweep and of its settings alone are {'the same bits' if same else 'DIFFERENT'}")
     peak_gib(weights)
-    loop(model, random_windows(1, 32768), dynamic(model, 3, include_sparse=True, first_few_fp16=1))
+    loop(model, random_windows(1, 32768), dynamic(model, 3, outliers=1 - 0.99, sinks=1))
     show("one window of 32768 tokens, dynamic, 1 %: memory above the weights", peak_gib(weights), "GiB", 12)
 
 
 def scale(model):
     """The loop on the main process's GPU alone, then on those of all; both without compilation time."""
-    count, main = qu.process_count(), qu.process_index() == 0
-    windows, three_bits = random_windows(16 * count), dynamic(model, 3, include_sparse=True)
-    with qu.compiled(model) if main else contextlib.nullcontext():
-        run = qu.Run({"random": windows}, [three_bits], qu.cache_widths(model))
+    count, main = processes.count(), processes.index() == 0
+    windows, (row, three_bits) = random_windows(16 * count), dynamic(model, 3, outliers=1 - 0.99)
+    found, alone = sites.find_sites(model), 1.0
+    processes.gather([None])
+    with speed.compiled(model):
+        loop(model, windows[: 2 * count], (row, three_bits))  # compiles
         if main:
-            list(qu.measure(model, run))  # compiles
-            run.measured.clear()
-            alone, _ = seconds(lambda: list(qu.measure(model, run)))
-    qu.gather([None])
-    with qu.compiled(model):
-        loop(model, windows[: 2 * count], three_bits)
-        taken, every = seconds(lambda: loop(model, windows, three_bits))
+            alone, figures = seconds(lambda: list(qu.evaluate(model, found, windows, [three_bits])))
+        processes.gather([None])
+        taken, every = seconds(lambda: loop(model, windows, (row, three_bits)))
     if main:
-        one, all_of_them = (qu.results(each, "random")[0]["ppl"] for each in (run, every))
+        one, all_of_them = (each[..., 0].mean().exp().item() for each in (torch.cat(figures), every.done("random")))
         show(f"{count} GPUs against one: throughput", alone / taken, "x")
-        print(f"... at least {0.9 * count:.1f}")
+        print(f"... at least {0.95 * count:.1f}")
         show("... perplexity, relative difference in millionths", 1e6 * abs(all_of_them / one - 1), "", 1)
 
 
@@ -211,15 +212,15 @@ if __name__ == "__main__":
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     model = random_model()
-    if qu.process_index() == 0:
+    if processes.index() == 0:
         print(f"torch {torch.__version__}, transformers {transformers.__version__}, {torch.cuda.get_device_name()}")
     if "--scale" in sys.argv:
         scale(model)
     elif "--job" in sys.argv:
-        whole_job(model, qu.CalibrationSpec())
+        whole_job(model)
     else:
         windows, weights = random_windows(WINDOWS), torch.cuda.memory_allocated()
         known = uncompiled(model, windows, weights)
-        with qu.compiled(model):
+        with speed.compiled(model):
             ratios(model, windows, weights, *known)
             sweep_and_long_window(model, windows, weights)

@@ -1,0 +1,41 @@
+"""What is said to the user on one line while a run goes on, and which errors mean that memory is short."""
+
+from __future__ import annotations
+
+import re
+import sys
+import warnings
+
+from simquant import processes
+
+
+class Notice(UserWarning):
+    """Something that the user should know although the run goes on."""
+
+
+def notify(message: str) -> None:
+    """Issue a Notice."""
+    warnings.warn(message, Notice, stacklevel=2)
+
+
+def one_line(message: str) -> str:
+    """Return message without what is not printable, and not endless."""
+    return "".join(c if c.isprintable() else "?" for c in " ".join(message.split()))[:2000]
+
+
+def notices_only() -> None:
+    """Print each Notice as a line on stderr, by one process, and no warning of a library."""
+
+    def show(message, *where) -> None:
+        if processes.index() == 0:
+            print(f"warning: {one_line(str(message))}", file=sys.stderr)
+
+    warnings.simplefilter("ignore")
+    warnings.simplefilter("always", Notice)
+    warnings.showwarning = show  # type: ignore[assignment]
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether a device or the host had no more memory to give."""
+    lacks = re.search("(out of|allocate|not enough) memory", str(error))
+    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and lacks is not None)

@@ -1,0 +1,69 @@
+"""The matrix: every method of the table, per channel and per token, with each option that goes with it, not fitted.
+
+A row of METHODS is in it by itself, and tests/test_quantizers.py takes every row of it through every test.
+"""
+
+import itertools
+from types import SimpleNamespace
+
+import torch
+
+from quant_utils import UserError
+from simquant.methods import METHODS, Plan, Width
+
+OPTIONS = {
+    "plain": {},
+    "sinks": {"sinks": 2},
+    "outliers": {"outliers": 0.1},
+    "outliers, sinks": {"outliers": 0.1, "sinks": 1},
+    "cap": {"outliers": 0.2, "cap": 0.1},
+    "integer zero": {"integer_zero": True},
+    "q-norm": {"q_norm": True, "outliers": 0.05},
+    "fisher": {"fisher": "paper"},
+    "fisher as the code": {"fisher": "code", "outliers": 0.05, "sinks": 1},
+}
+WIDTHS = (4, 3, 2, 8, 6, 5, 7)  # a row takes the first that its format has
+
+
+def quantizer_of(method, axis, options):
+    """Return the quantizer of a method as a script makes it; None if the method lacks one of the options."""
+    flags = {f"--{name}": (name, value) for name, value in options.items()}
+    for bits in WIDTHS:
+        try:
+            return Plan(method, [Width(bits, bits)], {"keys": axis}, flags).quantizer("keys", bits)
+        except UserError:
+            continue
+    return None
+
+
+def matrix():
+    """Return {name: quantizer}, each once."""
+    rows = {}
+    for method, axis, (label, options) in itertools.product(METHODS, ("channel", "token"), OPTIONS.items()):
+        quantizer = quantizer_of(method, axis, options)
+        if quantizer is not None and str(vars(quantizer)) not in map(str, map(vars, rows.values())):
+            rows[f"{method} per {axis}, {label}"] = quantizer
+    return rows
+
+
+MATRIX = matrix()
+
+
+def taps_for(quantizer, x):
+    """Return taps that hold, for every source of a quantizer, something that resembles x [B,T,C]."""
+    return {source: SimpleNamespace(values=0.9 * x + 0.1 * x.roll(1, -1)) for source in quantizer.sources}
+
+
+def activations(windows, tokens=40, channels=32, seed=0):
+    """Return [N,T,C] of channels that differ in place and spread, with some entries far outside."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(windows, tokens, channels, generator=generator)
+    x = torch.where(torch.rand(x.shape, generator=generator) < 0.02, 6 * x, x)
+    return x * torch.linspace(0.2, 3, channels) + torch.linspace(-1, 1, channels)
+
+
+def fitted(quantizer, x=None):
+    """Return a quantizer fitted to activations [N,T,C] and a gradient of any size there."""
+    x = activations(3) if x is None else x
+    grad = torch.randn(x.shape, generator=torch.Generator().manual_seed(1)) ** 3
+    return quantizer.fit(x, grad if quantizer.needs_gradient else None, taps_for(quantizer, x))

@@ -1,0 +1,246 @@
+"""Every row of the matrix is fitted, saved, loaded, costed, batched, compiled, attached and detached."""
+
+import math
+from dataclasses import fields
+
+import pytest
+import torch
+from default_quantizers import MATRIX, activations, fitted, taps_for
+
+import quant_utils as qu
+from simquant import quantizer_file
+from simquant.methods import METHODS, Row
+from simquant.sites import find_sites
+
+NEEDS_FIT = {name for name, method in METHODS.items() if method.calibrated}
+VARIANTS = {
+    **{f"{name}, fitted": fitted(quantizer) for name, quantizer in MATRIX.items()},
+    **{name: quantizer for name, quantizer in MATRIX.items() if name.split()[0] not in NEEDS_FIT},
+}
+every_row = pytest.mark.parametrize("plain", MATRIX.values(), ids=MATRIX)
+every_variant = pytest.mark.parametrize("quantizer", VARIANTS.values(), ids=VARIANTS)
+
+
+def given_back(quantizer, x):
+    """Return what the cache gives back for x [B,T,C]."""
+    return quantizer.quantize(x, taps_for(quantizer, x))
+
+
+def assert_same(one, other):
+    """Assert that two quantizers are the same, tensors bit for bit."""
+    one, other = quantizer_file.state_of(one), quantizer_file.state_of(other)
+    assert one.keys() == other.keys()
+    for name, value in one.items():
+        same = torch.equal(value, other[name]) if isinstance(value, torch.Tensor) else value == other[name]
+        assert same, name
+
+
+def ulps(x, dtype):
+    """Return tolerances of one unit in the last place of dtype, and of the range of x in single precision."""
+    return {"rtol": torch.finfo(dtype).eps, "atol": x.abs().max().item() * torch.finfo(torch.float32).eps}
+
+
+# -- the matrix itself
+
+
+def test_the_matrix_has_every_method_and_every_option_of_the_scalar_quantizer():
+    """An option that no row sets would go through none of the tests below."""
+    assert {name.split()[0] for name in MATRIX} == set(METHODS)
+    scalar = [each for each in MATRIX.values() if type(each) is qu.ScalarQuantizer]
+    for option in ("axis", "levels", "outliers", "cap", "sinks", "integer_zero", "q_norm", "fisher"):
+        assert len({getattr(each, option) for each in scalar}) > 1, option
+
+
+# -- fitted
+
+
+@every_row
+def test_fitting_gives_a_copy_and_twice_the_same(plain):
+    before = quantizer_file.made_of(quantizer_file.state_of(plain))
+    assert_same(fitted(plain), fitted(plain))
+    assert_same(plain, before)
+
+
+@pytest.mark.parametrize("plain", [each for each in MATRIX.values() if each.sinks], ids=str)
+def test_sinks_take_no_part_in_a_fit(plain):
+    x, other = activations(3), activations(3)
+    other[:, : plain.sinks] = 1000
+    assert_same(fitted(plain, x), fitted(plain, other))
+
+
+# -- saved and loaded
+
+
+@every_row
+def test_a_saved_quantizer_loads_as_the_same(plain, tmp_path):
+    quantizer, row, path = fitted(plain), Row(4, "keys"), str(tmp_path / "fitted.pt")
+    site = qu.Site(1, "keys", "layers.1.k_proj", torch.nn.Identity(), 32)
+    about = {"model": {"name": "m", "type": "llama", "channels": {site.name: 32}}}
+    quantizer_file.save(path, {row: {site: quantizer}}, about)
+    loaded = quantizer_file.load(path)["quantizers"][site.name][quantizer.bits]
+    assert type(loaded) is type(quantizer)
+    assert_same(loaded, quantizer)
+    data = quantizer_file.load(path)
+    taken = quantizer_file.fitted(path, data, "llama", [site], {row: {site: plain}})[row][site]
+    x = activations(2, seed=5)
+    assert torch.equal(given_back(taken, x).values, given_back(quantizer, x).values)
+
+
+# -- costed
+
+
+def scalar_bits(quantizer, tokens, channels):
+    """Count the bits of a cache entry by entry, and range by range."""
+    bits, ranges = 0, set()
+    for token in range(tokens):
+        for channel in range(channels):
+            if token < quantizer.sinks:
+                bits += 16
+                continue
+            bits += quantizer.bits
+            if quantizer.lo is None:
+                ranges.add(channel if quantizer.axis == "channel" else token)
+    return bits + 2 * 16 * len(ranges)
+
+
+COUNTED = {qu.ScalarQuantizer: scalar_bits}
+
+
+@every_variant
+def test_the_cost_is_a_count_over_entries_and_ranges(quantizer):
+    if type(quantizer) not in COUNTED:
+        pytest.skip(f"COUNTED has no count by hand for {type(quantizer).__name__}")
+    for tokens, channels in ((3, 32), (7, 32), (100, 8)):
+        assert quantizer.cost(tokens, channels) == COUNTED[type(quantizer)](quantizer, tokens, channels)
+
+
+@every_variant
+def test_the_cost_grows_with_the_cache_and_tends_to_the_nominal_bits(quantizer):
+    short, long = quantizer.cost(1000, 1024), quantizer.cost(2000, 1024)
+    assert 0 < short < long
+    assert quantizer.bits <= (long - short) / (1000 * 1024) <= quantizer.bits + 2
+
+
+# -- batched; what stays exact
+
+
+@every_variant
+def test_a_batch_is_its_sequences_one_by_one(quantizer):
+    x = activations(3, seed=2)
+    together, single = given_back(quantizer, x), [given_back(quantizer, row[None]) for row in x]
+    assert torch.equal(together.values, torch.cat([each.values for each in single]))
+    if together.outliers is not None:
+        assert torch.equal(together.outliers, torch.cat([each.outliers for each in single]))
+
+
+@every_variant
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_shape_and_dtype_stay_and_everything_is_finite(quantizer, dtype):
+    shapes = (activations(1), torch.zeros(2, 5, 32), torch.full((1, 3, 32), 1e4), activations(2, tokens=1))
+    for x in shapes:
+        given = given_back(quantizer, x.to(dtype))
+        assert given.values.shape == x.shape and given.values.dtype == dtype and given.values.isfinite().all()
+        assert given.outliers is None or (given.outliers.shape == x.shape and given.outliers.dtype == torch.bool)
+
+
+@every_variant
+def test_outliers_and_sinks_are_exact_and_sinks_touch_no_other_token(quantizer):
+    x, other, sinks = activations(2, seed=3), activations(2, seed=3), quantizer.sinks
+    other[:, :sinks] = -1000
+    given, changed = given_back(quantizer, x), given_back(quantizer, other)
+    assert torch.equal(given.values[:, :sinks], x[:, :sinks]) and torch.equal(changed.values[:, :sinks], other[:, :sinks])
+    assert torch.equal(given.values[:, sinks:], changed.values[:, sinks:])
+    assert not torch.equal(given.values, x)
+    if given.outliers is not None:
+        assert torch.equal(given.values[given.outliers], x[given.outliers])
+        assert not given.outliers[:, :sinks].any() and given.outliers.any()
+
+
+@every_variant
+def test_quantizing_twice_changes_nothing_more(quantizer):
+    """Where a range is this window's, it must come back too: levels between -1 and 1 only may narrow it."""
+    x = activations(2, seed=4)
+    once = given_back(quantizer, x).values
+    twice = given_back(quantizer, once).values
+    assert (twice - once).square().sum() <= (once - x).square().sum()
+    is_scalar = isinstance(quantizer, qu.ScalarQuantizer)
+    if is_scalar and quantizer.scale == 1 and (quantizer.lo is not None or quantizer.codebook.abs()[[0, -1]].min() == 1):
+        torch.testing.assert_close(twice, once, rtol=0, atol=1e-5)
+
+
+# -- compiled
+
+
+def all_given_back(x, quantizers):
+    """Return what each quantizer gives back, as one graph computes it."""
+    return [quantizer.quantize(x, taps_for(quantizer, x)) for quantizer in quantizers]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_compiled_and_eager_quantize_alike(dtype):
+    x, quantizers = activations(2, seed=6).to(dtype), list(VARIANTS.values())
+    expected = all_given_back(x, quantizers)
+    compiled = torch.compile(all_given_back, dynamic=False, fullgraph=True)(x, quantizers)
+    for name, ours, theirs in zip(VARIANTS, compiled, expected, strict=True):
+        assert (ours.outliers is None) == (theirs.outliers is None), name
+        assert ours.outliers is None or torch.equal(ours.outliers, theirs.outliers), name
+        torch.testing.assert_close(ours.values, theirs.values, **ulps(x, dtype))
+
+
+# -- attached and detached
+
+
+def hook_count(model):
+    """Return how many forward hooks, and lists of taps for them, hang on a model."""
+    return sum(len(each._forward_hooks) + hasattr(each, "kv_taps") for each in model.modules())
+
+
+@every_row
+@torch.inference_mode()
+def test_attached_it_changes_what_the_model_attends_to_and_detached_nothing(plain, model, windows):
+    ids = windows[:2, :48]
+    sites = find_sites(model)
+    with torch.inference_mode(False):
+        setting = qu.calibrate(model, ids.clone(), {"row": dict.fromkeys(sites, plain)})["row"]
+    seen = {}
+
+    def watch(module, args, out):
+        seen[module] = torch.nn.functional.linear(args[0], module.weight), out
+
+    before = model(ids).logits
+    with qu.quantized(setting), qu.hooked((site.module, watch) for site in sites):
+        attached = model(ids).logits
+    assert attached.isfinite().all() and not torch.equal(attached, before)
+    if not plain.sources:
+        for site, quantizer in setting.items():
+            own, given = seen[site.module]
+            assert torch.equal(quantizer.quantize(own, {}).values, given), site
+    assert hook_count(model) == 0 and torch.equal(model(ids).logits, before)
+    with pytest.raises(RuntimeError, match="inside"), qu.quantized(setting):
+        assert hook_count(model) == 2 * len(sites)
+        raise RuntimeError("inside")
+    assert hook_count(model) == 0 and torch.equal(model(ids).logits, before)
+
+
+@every_row
+def test_it_is_measured_from_end_to_end(plain, model, windows):
+    """More loss than nothing quantized, or less, but close to it; the bits are what it costs, and its outliers."""
+    ids, sites = windows[:2, :64], find_sites(model)
+    setting = qu.calibrate(model, ids, {"row": dict.fromkeys(sites, plain)})["row"]
+    (figures,) = qu.evaluate(model, sites, ids, [{}, setting], batch_size=2)
+    base, row = (dict(zip(qu.FIGURES, each, strict=True)) for each in figures.mean(0).tolist())
+    assert 0 < abs(row["nll"] - base["nll"]) < 0.5 and row["kl"] > 0 == base["kl"]
+    assert 0.5 < row["top1_agreement"] < base["top1_agreement"] == 1
+    fixed = setting[sites[0]].cost(64, 128) / (64 * 128)
+    share = (row["key_bits"] - fixed) / qu.OUTLIER_BITS
+    most = getattr(plain, "outliers", None) or 0
+    assert -1e-9 <= share <= most + 0.03 and (share > 1e-3) == (most > 0)
+
+
+def test_moving_a_quantizer_moves_all_its_tensors():
+    for quantizer in VARIANTS.values():
+        held = [getattr(quantizer, each.name) for each in fields(quantizer) if each.init]
+        moved = quantizer.to(torch.device("cpu"))
+        assert_same(moved, quantizer)
+        assert all(each.device.type == "cpu" for each in held if isinstance(each, torch.Tensor))
+        assert math.isfinite(moved.bits)

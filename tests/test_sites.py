@@ -1,0 +1,292 @@
+"""Every family of models: what is quantized is what its cache would hold before RoPE."""
+
+import math
+import re
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import ROOT
+from transformers import AutoConfig, AutoModelForCausalLM, Gemma3Config, Gemma3ForConditionalGeneration
+
+import quant_utils as qu
+from simquant import sites, speed
+from simquant.sites import Place
+
+TINY = {
+    "vocab_size": 48, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "intermediate_size": 32, "head_dim": 8, "max_position_embeddings": 64, "pad_token_id": 0, "bos_token_id": 1,
+    "eos_token_id": 2,
+}  # fmt: skip
+MHA, MQA = {"num_key_value_heads": 4}, {"num_key_value_heads": 1}
+LLAMA3_ROPE = {
+    "rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}  # fmt: skip
+YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 16}
+EXPERTS = {"moe_intermediate_size": 16, "num_experts_per_tok": 2}
+FAMILIES = {
+    "Llama (GQA)": ("llama", {}),
+    "Llama (MHA)": ("llama", MHA),
+    "Llama (MQA)": ("llama", MQA),
+    "Llama 3.1, 3.2": ("llama", {"rope_parameters": LLAMA3_ROPE, "tie_word_embeddings": True}),
+    "Llama with YaRN": ("llama", {"rope_parameters": YARN}),
+    "Llama with biases": ("llama", {"attention_bias": True}),
+    "Mistral": ("mistral", {"sliding_window": 8}),
+    "Mixtral": ("mixtral", {"num_local_experts": 2}),
+    "Qwen2": ("qwen2", {}),
+    "Qwen2-MoE": ("qwen2_moe", {"num_experts": 4, **EXPERTS}),
+    "Qwen3": ("qwen3", {}),
+    "Qwen3-MoE": ("qwen3_moe", {"num_experts": 4, **EXPERTS}),
+    "Phi-2": ("phi", {"qk_layernorm": True}),
+    "Phi-3, Phi-4": ("phi3", {}),
+    "Phi-3.5-MoE": ("phimoe", {"num_local_experts": 2}),
+    "Gemma": ("gemma", {}),
+    "Gemma 2": ("gemma2", {"sliding_window": 8}),
+    "Gemma 3": ("gemma3_text", {"sliding_window": 8}),
+    "OLMo": ("olmo", {}),
+    "OLMo 2": ("olmo2", {}),
+    "OLMo 3": ("olmo3", {"sliding_window": 8}),
+    "OLMoE": ("olmoe", {"num_experts": 4, "num_experts_per_tok": 2}),
+    "FlexOlmo": ("flex_olmo", {"num_experts": 4, "num_experts_per_tok": 2}),
+    "Granite": ("granite", {"attention_multiplier": 0.2}),
+    "SmolLM3": ("smollm3", {"no_rope_layers": [1, 0]}),
+    "Command-R": ("cohere", {"use_qk_norm": True}),
+    "Command-R7B": ("cohere2", {"sliding_window": 8}),
+    "Apertus": ("apertus", {}),
+    "EXAONE 4": ("exaone4", {}),
+    "GLM-4": ("glm4", {}),
+    "GLM-4.5": ("glm4_moe", {"use_qk_norm": True, "n_routed_experts": 4, "first_k_dense_replace": 1, **EXPERTS}),
+    "MiniMax-M2": ("minimax_m2", {"num_local_experts": 4, "num_experts_per_tok": 2}),
+    "StableLM": ("stablelm", {"qk_layernorm": True}),
+    "GPT-OSS": ("gpt_oss", {"num_local_experts": 4, "num_experts_per_tok": 2}),
+    "Seed-OSS": ("seed_oss", {}),
+    "StarCoder2": ("starcoder2", {}),
+    "Nemotron": ("nemotron", {}),
+    "OPT": ("opt", {"num_attention_heads": 4, "word_embed_proj_dim": 32, "ffn_dim": 32}),
+    "GPT-2": ("gpt2", None),
+}
+NEIGHBOURS = ("cohere", "cohere2", "glm4")  # RoPE turns neighbouring channels, not channels half a head apart
+NO_ROPE = ("gpt2", "opt")
+
+
+def tiny(kind, changes):
+    """A model of a family with random weights, whose channels and attention differ enough to be told apart."""
+    torch.manual_seed(0)
+    settings = {"vocab_size": 48, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64} if changes is None else {}
+    config = AutoConfig.for_model(kind, **(settings or TINY | changes))
+    model = AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
+    for name, weights in model.named_parameters():
+        if "norm" in name or name.endswith("bias"):  # what initialization leaves alike in every channel
+            weights.uniform_(0.5, 1.5)
+        elif weights.ndim > 1:
+            weights.mul_(8)  # attention that looks at some tokens more than at others
+    return model
+
+
+@pytest.fixture(params=FAMILIES)
+def family(request):
+    return tiny(*FAMILIES[request.param])
+
+
+def setting_of(model, keys=3, values=3, **options):
+    """{site: quantizer}, keys per channel and values per token."""
+    axes = {"keys": ("channel", keys), "values": ("token", values)}
+    return {s: qu.ScalarQuantizer(*axes[s.part], **options) for s in sites.find_sites(model)}
+
+
+def rotated(x, kind, embeddings, backwards=False):
+    """RoPE on x [T,H,D] by (cos, sin) [B,T,R] as the attention layer of that kind got them, or its inverse."""
+    cos, sin = (each[0].double()[:, None] for each in embeddings)  # [T,1,R]; one entry for each pair is wanted
+    if kind in ("cohere", "cohere2"):
+        cos, sin = cos[..., ::2], sin[..., ::2]
+    elif kind != "gpt_oss":
+        cos, sin = cos[..., : cos.shape[-1] // 2], sin[..., : sin.shape[-1] // 2]
+    if backwards:
+        scale = cos.square() + sin.square()
+        cos, sin = cos / scale, -sin / scale
+    turned, rest = x.split([2 * cos.shape[-1], x.shape[-1] - 2 * cos.shape[-1]], dim=-1)
+    first, second = (turned[..., ::2], turned[..., 1::2]) if kind in NEIGHBOURS else turned.chunk(2, dim=-1)
+    pair = first * cos - second * sin, first * sin + second * cos
+    turned = torch.stack(pair, dim=-1).flatten(-2) if kind in NEIGHBOURS else torch.cat(pair, dim=-1)
+    return torch.cat([turned, rest], dim=-1)
+
+
+def watched_pass(model, ids):
+    """({site: [T,C]} that passes by, {layer: (cos, sin) or None} that attention gets, the cache) of a forward pass."""
+    seen, turns, handles = {}, {}, []
+
+    def watch_attention(module, args, kwargs, layer):
+        turns[layer] = kwargs.get("position_embeddings") if getattr(module, "use_rope", True) else None
+
+    for name, module in model.named_modules():
+        if match := re.search(r"\.(\d+)\.(self_attn|attn)$", name):
+            hook = lambda *given, layer=int(match[1]): watch_attention(*given, layer)  # noqa: E731
+            handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+    for site in sites.find_sites(model):
+        hook = lambda module, args, out, site=site: seen.update({site: site.read(out)[0]})  # noqa: E731
+        handles.append(site.module.register_forward_hook(hook))
+    cache = model.get_decoder()(input_ids=ids, use_cache=True).past_key_values
+    for handle in handles:
+        handle.remove()
+    return seen, turns, cache
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("is_quantized", [False, True], ids=["as it is", "quantized"])
+def test_the_cache_holds_what_passes_the_sites_with_keys_turned_by_rope(family, is_quantized):
+    kind, ids = family.config.model_type, torch.randint(3, 48, (1, 24))
+    with qu.quantized(setting_of(family, 2, 3) if is_quantized else {}):
+        seen, turns, cache = watched_pass(family, ids)
+    assert sorted(site.key for site in seen) == [(0, "keys"), (0, "values"), (1, "keys"), (1, "values")]
+    assert any(turn is not None for turn in turns.values()) == (kind not in NO_ROPE)
+    for site, given in seen.items():
+        held = getattr(cache.layers[site.layer], site.part)[0].transpose(0, 1).double()  # [T,H,D]
+        expected = given[-len(held) :].double().reshape(held.shape)  # a sliding window keeps the last tokens
+        if site.part == "keys" and turns[site.layer] is not None:
+            assert not torch.allclose(expected, held, rtol=1e-2)  # it is before RoPE, not behind it
+            held = rotated(held, kind, [each[:, -len(held) :] for each in turns[site.layer]], backwards=True)
+        torch.testing.assert_close(held, expected, rtol=1e-4, atol=1e-5)
+        if is_quantized:
+            levels = [len(row.unique()) for row in (given.T if site.part == "keys" else given)]
+            assert 2 < max(levels) <= (4 if site.part == "keys" else 8)  # along its axis
+
+
+def test_every_family_is_checked_calibrated_and_evaluated(family):
+    """The whole way, with gradients: NUQ by Fisher information, then losses."""
+    found = sites.find_sites(family)
+    sites.check_sites(family, found)
+    sites.check_against_cache(family, found)
+    setting = setting_of(family, levels="nuq", outliers=0.01, sinks=1, fisher="paper")
+    windows, errors = torch.randint(3, 48, (2, 24)), []
+
+    def on_fit(label, site, fitted, x, given):
+        errors.append(((given.values - x)[:, 1:].square().sum() / x[:, 1:].square().sum()).item())
+
+    fitted = qu.calibrate(family, windows, {3: setting}, on_fit=on_fit)[3]
+    assert len(errors) == 4 and max(errors) < 0.2
+    figures = torch.cat(list(qu.evaluate(family, found, windows, [{}, fitted])))
+    loss, divergence, _, key_bits, value_bits = figures.unbind(-1)
+    assert loss.isfinite().all() and (divergence[:, 1] > 0).all() and (loss[:, 0] != loss[:, 1]).all()
+    assert (key_bits[:, 0] == 16).all() and (value_bits[:, 0] == 16).all()
+    assert ((key_bits[:, 1] > 3) & (key_bits[:, 1] < value_bits[:, 1]) & (value_bits[:, 1] < 16)).all()
+
+
+@pytest.mark.parametrize("name", ["Qwen3", "Gemma 3", "Phi-3, Phi-4"])
+def test_sites_behind_norms_and_in_fused_projections_are_compiled(name):
+    kind, changes = FAMILIES[name]
+    model, ids = tiny(kind, changes | {"num_hidden_layers": 1}), torch.randint(3, 48, (1, 24))
+    found, setting = sites.find_sites(model), setting_of(model, 2, 2, sinks=1)
+    plain, eager = torch.cat(list(qu.evaluate(model, found, ids, [{}, setting])))[0].tolist()
+    with speed.compiled(model):
+        compiled = torch.cat(list(qu.evaluate(model, found, ids, [setting])))[0, 0].tolist()
+    assert compiled[0] == pytest.approx(eager[0], rel=1e-4) and compiled[3:] == eager[3:]
+    assert abs(compiled[0] - plain[0]) > 1e-2  # the hooks are in the compiled graph
+
+
+def test_every_line_of_the_site_table_is_tested():
+    assert set(sites.FAMILIES) <= {kind for kind, _ in FAMILIES.values()}
+
+
+def test_the_table_in_the_docs_is_this_one():
+    text = (ROOT / "docs" / "models.md").read_text(encoding="utf-8")
+    table = text[text.index("| family | loads |") :].split("\n\n")[0].splitlines()[2:]
+    rows = {name: where for name, _, _, where in (row.strip("| ").split(" | ") for row in table)}
+    assert list(rows) == list(FAMILIES)
+    for name, where in rows.items():
+        place = sites.find_sites(tiny(*FAMILIES[name]))[0].place
+        assert where == f"`{place.module}`" + (", a slice" if place.block is not None else "")
+
+
+def test_a_vision_tower_caches_nothing():
+    text = {**TINY, **MQA}
+    vision = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    config = Gemma3Config(text_config=text, vision_config={**vision, "image_size": 28, "patch_size": 14})
+    model = Gemma3ForConditionalGeneration(config).eval()
+    found = sites.find_sites(model)
+    assert sum(name.endswith("k_proj") for name, _ in model.named_modules()) == 3
+    assert [site.key for site in found] == [(layer, part) for layer in (0, 1) for part in ("keys", "values")]
+    assert not any("vision" in site.name for site in found)
+
+
+# -- what is refused
+
+
+def refused(model, match):
+    with pytest.raises(qu.UserError, match=match):
+        sites.check_sites(model, found := sites.find_sites(model))
+        sites.check_against_cache(model, found)
+
+
+LATENT = {
+    "kv_lora_rank": 16, "q_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8,
+    "n_routed_experts": 4, **EXPERTS,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "match"),
+    [
+        ("deepseek_v2", LATENT, r"DeepseekV2ForCausalLM has no .*compressed latent \(multi-head latent attention\)"),
+        ("deepseek_v3", LATENT, r"DeepseekV3ForCausalLM has no .*compressed latent \(multi-head latent attention\)"),
+        ("gpt_neox", MHA, "GPTNeoXForCausalLM has no projections k_proj and v_proj; it has: query_key_value, dense"),
+        ("olmo", {"clip_qkv": 2.0}, r"OlmoForCausalLM clips keys and values behind the projections \(clip_qkv\)"),
+        ("recurrent_gemma", {"lru_width": 32, "num_hidden_layers": 3}, "not supported yet|does not run"),
+    ],
+)
+def test_a_family_that_caches_something_else_is_refused_with_the_reason(kind, changes, match):
+    refused(tiny(kind, changes), match)
+
+
+def test_norms_that_no_one_has_described_are_refused(monkeypatch):
+    monkeypatch.delitem(sites.FAMILIES, "qwen3")
+    refused(tiny("qwen3", {}), r"Qwen3ForCausalLM normalizes its keys \(k_norm\)")
+
+
+@pytest.mark.parametrize(
+    ("kind", "part", "place"),
+    [
+        ("qwen3", "keys", Place("k_proj")),  # before the norm
+        ("gemma3_text", "keys", Place("k_norm", heads=2)),  # heads taken for tokens
+        ("llama", "keys", Place("q_proj")),
+        ("phi3", "keys", Place("qkv_proj", block=-1)),  # the values
+        ("llama", "values", Place("k_proj")),
+        ("phi3", "values", Place("qkv_proj", block=-3)),  # the queries
+    ],
+)
+def test_a_wrong_line_in_the_site_table_is_noticed(kind, part, place, monkeypatch):
+    monkeypatch.setitem(sites.FAMILIES, kind, {**sites.FAMILIES.get(kind, {}), part: place})
+    model, projection = tiny(kind, MHA), {"keys": "k_proj", "values": "v_proj"}[part]
+    with pytest.raises(
+        qu.UserError, match=rf"caches other {part} than model\.layers\.0\.self_attn\.{projection} gives"
+    ):
+        sites.check_against_cache(model, sites.find_sites(model))
+
+
+def test_sites_that_the_model_never_runs_or_does_not_cache_are_noticed():
+    model = tiny("llama", {})
+    found = sites.find_sites(model)
+    for wrong in (replace(found[0], module=torch.nn.Linear(2, 2)), replace(found[0], layer=7)):
+        with pytest.raises(qu.UserError, match=r"caches nothing at model\.layers\.0\.self_attn\.k_proj"):
+            sites.check_against_cache(model, [wrong])
+
+
+def test_a_vocabulary_of_a_few_words_and_broken_weights_pass_the_check():
+    """What is broken shows when it is measured, and is not called an unsupported family."""
+    few, broken = tiny("llama", {"vocab_size": 6}), tiny("llama", {})
+    broken.model.layers[1].self_attn.k_proj.weight.fill_(math.nan)
+    for model in (few, broken):
+        sites.check_against_cache(model, sites.find_sites(model))
+
+
+def test_a_model_whose_forward_raises_is_one_line_with_the_dtype():
+    model = tiny("llama", {})
+
+    def fails(*args, **kwargs):
+        raise RuntimeError("no kernel for\nthis dtype")
+
+    model.model.layers[0].mlp.forward = fails
+    refused(model, "^LlamaForCausalLM does not run in float32 on cpu: no kernel for this dtype; try another --dtype$")
+    model.model.layers[0].mlp.forward = lambda *args: (_ for _ in ()).throw(torch.OutOfMemoryError("out of memory"))
+    with pytest.raises(torch.OutOfMemoryError):  # which has its own advice
+        sites.check_against_cache(model, sites.find_sites(model))
