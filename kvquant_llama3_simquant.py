@@ -54,16 +54,16 @@ def calibrate(flags: CalibratedFlags, given: dict) -> None:
     """Fit, save, and print how well the quantizers fit and how to evaluate them."""
     run.begin(flags, given)
     import quant_utils as qu
-    from simquant import files, kvquant_file, models, quantizer_file, texts
+    from simquant import describe, files, kvquant_file, memory, models, quantizer_file, texts
 
     path = flags.quantizer_path or ""
     files.check_writable([path, flags.export_kvquant], [flags.calib_dataset, flags.model])
     config, tokenizer = models.load_config_and_tokenizer(flags.model)
     windows, shape = texts.load_for_calibration(flags, config, tokenizer), models.skeleton(flags, config)
     settings = flags.plan().settings(sites := run.checked_sites(shape, flags))
-    models.check_host_memory(windows, settings, shape.dtype)
+    memory.check_host_memory(windows, settings, shape.dtype)
     if flags.dry_run:
-        run.print_plan(flags, shape, sites, settings, {flags.calib_dataset: windows})
+        describe.print_plan(flags, shape, sites, settings, {flags.calib_dataset: windows})
         return
     model = models.load_model(flags, config)
     settings, gradients = flags.plan().settings(run.checked_sites(model, flags)), None
@@ -72,7 +72,7 @@ def calibrate(flags: CalibratedFlags, given: dict) -> None:
     def on_fit(row, site, quantizer, x, given) -> None:
         fits[row, site] = quantizer_file.Fit.of(quantizer, x, given)
 
-    with models.checkpointing_if_short(model, flags.seqlen):
+    with memory.checkpointing_if_short(model, flags.seqlen):
         if flags.fisher and processes.count() > 1:
             mine, whole = windows[processes.index() :: processes.count()], next(iter(settings.values()))
             gradients = processes.interleave(qu.record(model, whole, mine, gradients=True))

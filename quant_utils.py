@@ -16,7 +16,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
-import statistics
 from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -609,20 +608,13 @@ def advice_on_overflow(model) -> str:
     return f"in {dtype_name(model)}: {advice}"
 
 
-OnFit = Callable[[Any, Site, Quantizer, Tensor, Quantized], None]  # (label, site, fitted, activations, given back)
-
-
 def calibrate(
-    model,
-    windows: Tensor,
-    settings: Mapping[Label, Setting],
-    gradients: Mapping | None = None,
-    on_fit: OnFit | None = None,
+    model, windows: Tensor, settings: Mapping[Label, Setting], gradients: Mapping | None = None, on_fit: Any = None
 ) -> dict[Label, Setting]:
     """Return settings with every quantizer fitted to windows [N,T] of text, in model order.
 
     Activations and gradients wait in host memory and are fitted one site at a time on its own device. gradients are
-    recorded here, unless they are given. on_fit hears of each fit: the activations, and what they are given back as.
+    recorded here, unless they are given. on_fit(label, site, quantizer, x [N,T,C], given back) hears of each fit.
     """
     sites = list(dict.fromkeys(site for setting in settings.values() for site in setting))
     needing = [s for s in sites if any(setting[s].needs_gradient for setting in settings.values() if s in setting)]
@@ -804,24 +796,3 @@ def perplexity(nll: Sequence[float]) -> float:
     """Return exp of the mean of windows' losses in nats; infinite beyond 1e299."""
     mean = math.fsum(nll) / len(nll)
     return mean * math.inf if mean > 690 else math.exp(mean)
-
-
-def standard_error(values: Sequence[float]) -> float | None:
-    """Return that of the mean of values, taken as independent; None for a single one."""
-    return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
-
-
-def paired_difference(nll: Sequence[float], baseline: Sequence[float]) -> dict[str, float | None]:
-    """Return {"delta_ppl", "delta_percent", each with its "_se"} from losses in nats on the same windows.
-
-    To first order in the losses a difference of perplexities is a mean over windows, and its standard error that of a
-    mean: how hard a window is for both cancels out, which is why a pair tells more than two separate runs.
-    """
-    ppl, base = perplexity(nll), perplexity(baseline)
-    pairs = list(zip(nll, baseline, strict=True))
-    return {
-        "delta_ppl": ppl - base,
-        "delta_ppl_se": standard_error([ppl * one - base * other for one, other in pairs]),
-        "delta_percent": 100 * (ppl / base - 1),
-        "delta_percent_se": standard_error([100 * ppl / base * (one - other) for one, other in pairs]),
-    }

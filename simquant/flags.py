@@ -8,29 +8,16 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar, TypeVar
 
-from simquant import processes
+from simquant import parsing, processes
 from simquant.methods import BASELINE, METHODS, PROJECTIONS, Plan, Width
-from simquant.parsing import (
-    Projections,
-    dataset_list,
-    flag,
-    flag_fields,
-    fraction,
-    layer_list,
-    make_parser,
-    matching,
-    number,
-    shown,
-    text_name,
-    width_list,
-)
+from simquant.parsing import flag, flag_fields, fraction, plain_settings
 
 on_output = partial(flag, decides=False, with_calibrate="refused")
 on_text = partial(flag, with_calibrate="unused")
-listed = partial(flag, nargs="*", action=Projections, metavar="NAME")
-count = partial(partial, number)
-device = partial(matching, pattern=r"auto|cpu|cuda(:[0-9]{1,2})?", words="auto, cpu, cuda or cuda:N")
-picture = partial(matching, pattern=r"(?i).*\.(png|svg)", words="a file that ends in .png or .svg")
+listed = partial(flag, nargs="*", action=parsing.Projections, metavar="NAME")
+count = partial(partial, parsing.number)
+device = partial(parsing.matching, pattern=r"auto|cpu|cuda(:[0-9]{1,2})?", words="auto, cpu, cuda or cuda:N")
+picture = partial(parsing.matching, pattern=r"(?i).*\.(png|svg)", words="a file that ends in .png or .svg")
 DTYPES = ("auto", "float16", "bfloat16", "float32")
 ATTENTIONS = ("auto", "sdpa", "eager", "flash_attention_2")
 
@@ -60,7 +47,7 @@ class QuantizationFlags:
 
     abits: tuple[Width, ...] = flag(
         (Width(4, 4),), "bits an entry: 2 to 8, 16 for no quantization, 4/2 for keys/values; a comma list measures all",
-        width_list, metavar="BITS",
+        parsing.width_list, metavar="BITS",
     )  # fmt: skip
     kv_format: str = flag("uniform", "the method, by its name in the README", tuple(METHODS), metavar="NAME")
     nf: bool = flag(False, "short for --kv_format nf: NormalFloat levels instead of uniform ones")
@@ -71,7 +58,9 @@ class QuantizationFlags:
     first_few_fp16: int = flag(
         -1, "leading tokens of every window kept exact (attention sinks)", count(least=-1), metavar="N"
     )
-    skip_layers: tuple[int, ...] = flag((), "layers that stay unquantized; -1 is the last", layer_list, metavar="LIST")
+    skip_layers: tuple[int, ...] = flag(
+        (), "layers that stay unquantized; -1 is the last", parsing.layer_list, metavar="LIST"
+    )
     baseline: bool = on_output(False, "as if 16 stood in --abits: compare with the unquantized model", decides=True)
     attribution: bool = on_output(
         False, "with one width, also quantize keys only, values only, and one layer at a time", decides=True
@@ -84,7 +73,7 @@ class TextFlags:
 
     datasets: tuple[str, ...] = on_text(
         ("wikitext2",), "comma list of wikitext2, c4, and .txt, .jsonl or .parquet files (column text)",
-        dataset_list, metavar="LIST",
+        parsing.dataset_list, metavar="LIST",
     )  # fmt: skip
     seqlen: int = flag(2048, "tokens a window", count(least=2), metavar="N")
     limit: int = on_text(512, "at most this many windows of each text", count(least=1), metavar="N")
@@ -124,7 +113,7 @@ class CalibrationFlags:
     cap_outliers: float | None = flag(
         None, "at most this fraction of a token's keys stays exact", fraction, metavar="F"
     )
-    calib_dataset: str = flag("wikitext2", "wikitext2, c4 or a text file", text_name, metavar="NAME")
+    calib_dataset: str = flag("wikitext2", "wikitext2, c4 or a text file", parsing.text_name, metavar="NAME")
     nsamples: int = flag(16, "calibration windows of --seqlen tokens", count(least=1, most=10**6), metavar="N")
     seed: int = flag(0, "of the places where these are cut", count(least=0, most=2**63 - 1), metavar="N")
 
@@ -234,7 +223,7 @@ def with_calibrate(name: str) -> str:
 
 def parse(cls: type[AnyFlags], description: str | None, epilog: str) -> tuple[AnyFlags, dict[str, Any]]:
     """Return (all flags, those that the command line gives). Exits with one line for a mistake."""
-    parser = make_parser(cls, description, epilog)
+    parser = parsing.make_parser(cls, description, epilog)
     try:
         given = with_method(cls, vars(parser.parse_args()))
         flags = checked(cls(**given), given)
@@ -261,20 +250,6 @@ def with_method(cls: type[Flags], given: Mapping[str, Any]) -> dict[str, Any]:
     return {**given, **short, **({"kv_format": names[0]} if names else {})}
 
 
-def plain_settings(flags: Flags) -> dict[str, Any]:
-    """Return {flag: value} as JSON holds it; --abits is a list only for several widths."""
-    settings = {name: getattr(flags, name) for name in flag_fields(type(flags)) if name != "dry_run"}
-    settings = {name: list(value) if isinstance(value, tuple) else value for name, value in settings.items()}
-    labels = [width.label for width in flags.abits]
-    return settings | {"abits": labels[0] if len(labels) == 1 else labels}
-
-
-def decisive(flags: Flags) -> dict[str, Any]:
-    """Return {flag that decides figures: its default}: what --resume compares."""
-    usual = plain_settings(type(flags)(model=flags.model))
-    return {name: usual[name] for name, each in flag_fields(type(flags)).items() if each.metadata["decides"]}
-
-
 def of_the_fit(flags: CalibratedFlags) -> dict[str, Any]:
     """Return {flag: value} of all that decides a fit: what the quantizer file holds."""
     names = [*flag_fields(QuantizationFlags), *flag_fields(CalibrationFlags)]
@@ -283,13 +258,3 @@ def of_the_fit(flags: CalibratedFlags) -> dict[str, Any]:
     return {
         name: settings[name] for name in names if known[name].metadata["decides"] and with_calibrate(name) == "used"
     }
-
-
-def flags_as_markdown() -> str:
-    """Return the tables of docs/flags.md."""
-    parts = []
-    for group in CalibratedFlags.groups:
-        rows = [f"| `--{n}` | {f.metadata['help']} | `{shown(f.default)}` |" for n, f in flag_fields(group).items()]
-        head = [f"## {(group.__doc__ or '').capitalize()}", "", "| flag | meaning | default |", "|---|---|---|"]
-        parts.append("\n".join([*head, *rows]))
-    return "\n\n".join(parts) + "\n"

@@ -146,6 +146,7 @@ def make_parser(cls: Any, description: str | None, epilog: str) -> Parser:
         "argument_default": argparse.SUPPRESS,
     }
     parser = Parser(description=description, epilog=epilog, allow_abbrev=False, **how)
+    parser._negative_number_matcher = re.compile(r"-\d[\d, -]*$")  # so that -1,0 is a value and no flag
     parser.add_argument("--version", action="version", version=f"%(prog)s {VERSION}")
     parser.add_argument("model", help="hub id or local folder")
     for group in cls.groups:
@@ -154,3 +155,27 @@ def make_parser(cls: Any, description: str | None, epilog: str) -> Parser:
             default = "" if each.default is False else f" (default: {shown(each.default)})"
             add(f"--{name}", **each.metadata["how"], help=each.metadata["help"] + default)
     return parser
+
+
+def plain_settings(flags: Any) -> dict[str, Any]:
+    """Return {flag: value} as JSON holds it; --abits is a list only for several widths."""
+    settings = {name: getattr(flags, name) for name in flag_fields(type(flags)) if name != "dry_run"}
+    settings = {name: list(value) if isinstance(value, tuple) else value for name, value in settings.items()}
+    labels = [width.label for width in flags.abits]
+    return settings | {"abits": labels[0] if len(labels) == 1 else labels}
+
+
+def decisive(flags: Any) -> dict[str, Any]:
+    """Return {flag that decides figures: its default}: what --resume compares."""
+    usual = plain_settings(type(flags)(model=flags.model))
+    return {name: usual[name] for name, each in flag_fields(type(flags)).items() if each.metadata["decides"]}
+
+
+def as_markdown(cls: Any) -> str:
+    """Return the tables of docs/flags.md for a class of flags."""
+    parts = []
+    for group in cls.groups:
+        rows = [f"| `--{n}` | {f.metadata['help']} | `{shown(f.default)}` |" for n, f in flag_fields(group).items()]
+        head = [f"## {(group.__doc__ or '').capitalize()}", "", "| flag | meaning | default |", "|---|---|---|"]
+        parts.append("\n".join([*head, *rows]))
+    return "\n\n".join(parts) + "\n"

@@ -14,6 +14,7 @@ from torch import Tensor
 
 import quant_utils as qu
 from quant_utils import Setting, UserError
+from simquant import report
 from simquant.files import write_atomically
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Okabe and Ito: told apart by everyone
@@ -124,12 +125,22 @@ def draw_activations(model, window: Tensor, setting: Setting, layer: int):
             axes.set_xlabel("token")
         line[0].set_ylabel("channel")
         line[0].set_title(f"{site.part}, layer {layer}, before")
-        line[1].set_title(f"after: {getattr(quantizer, 'bits')} bits")  # noqa: B009
+        line[1].set_title(f"after: {quantizer.bits} bits")
         if given.outliers is not None:
             line[1].scatter(*given.outliers[0, :DRAWN_TOKENS].nonzero().T, s=3, linewidths=0, color="#D55E00")
             line[1].set_title(f"{line[1].get_title()}, outliers marked")
         figure.colorbar(drawn, ax=list(line), label="magnitude")
     return figure
+
+
+def draw(flags, model, run, setting: Setting) -> None:
+    """Save the pictures that the flags ask for; setting is what --plot_activations shows."""
+    rows = report.all_results(run)
+    if flags.plot is not None:
+        save_figure(flags.plot, draw_attribution(rows) if flags.attribution else draw_sweep(rows))
+    if flags.plot_activations is not None:
+        window, layer = run.texts[flags.datasets[0]][0], drawn_layer(setting, flags.plot_layer)
+        save_figure(flags.plot_activations, draw_activations(model, window, setting, layer))
 
 
 def drawn_layer(setting: Setting, asked: int | None) -> int:

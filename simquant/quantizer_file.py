@@ -47,7 +47,7 @@ def save(path: str, settings: Mapping[Any, Setting], about: Mapping[str, Any]) -
     quantizers: dict[str, dict] = {}
     for setting in settings.values():
         for site, quantizer in setting.items():
-            quantizers.setdefault(site.name, {})[getattr(quantizer, "bits")] = state_of(quantizer)  # noqa: B009
+            quantizers.setdefault(site.name, {})[quantizer.bits] = state_of(quantizer)
     content = io.BytesIO()
     torch.save({"format": FORMAT, "format_version": VERSION, **about, "quantizers": quantizers}, content)
     write_atomically(path, lambda file: file.write(content.getbuffer()))
@@ -70,7 +70,7 @@ def load(path: str) -> dict[str, Any]:
         reason = str(error) if isinstance(error, (UserError, kvquant_file.RefusedPickle)) else type(error).__name__
         advice = "calibrate again, or get it again"
         raise UserError(f"quantizer file {path!r} is damaged, or holds more than data ({reason}): {advice}") from error
-    return data
+    return {**data, "path": path}
 
 
 def read_ours(path: str) -> dict[str, Any]:
@@ -101,12 +101,12 @@ def scalar_parts(lo, hi, levels, scale=1.0, offset=0.0) -> dict[str, Any]:
     return {"lo": lo, "hi": hi, "codebook": levels, "scale": scale, "offset": offset}
 
 
-def fitted(path: str, data: Mapping, model_type: str, sites: Sequence[Site], settings: Mapping[Any, Setting]) -> dict:
+def fitted(data: Mapping, model_type: str, sites: Sequence[Site], settings: Mapping[Any, Setting]) -> dict:
     """Return settings with each quantizer as load's data has it, checked against the model.
 
     Raises UserError if the file was made for a model of another family or shape, or lacks a quantizer.
     """
-    about, quantizers = data["model"], data["quantizers"]
+    path, about, quantizers = data["path"], data["model"], data["quantizers"]
     if about["type"] not in (None, model_type):
         sides = f"a model of type {about['type']}, and this one is {model_type}"
         raise UserError(f"quantizer file {path!r} was calibrated for {sides}: calibrate again")

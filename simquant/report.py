@@ -6,6 +6,7 @@ import json
 import math
 import os
 import re
+import statistics
 import sys
 from collections.abc import Mapping, Sequence
 from hashlib import sha256
@@ -71,6 +72,27 @@ class Run:
         self.seconds[dataset] += seconds
 
 
+def standard_error(values: Sequence[float]) -> float | None:
+    """Return that of the mean of values, taken as independent; None for a single one."""
+    return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
+
+
+def paired_difference(nll: Sequence[float], baseline: Sequence[float]) -> dict[str, float | None]:
+    """Return {"delta_ppl", "delta_percent", each with its "_se"} from losses in nats on the same windows.
+
+    To first order in the losses a difference of perplexities is a mean over windows, and its standard error that of a
+    mean: how hard a window is for both cancels out, which is why a pair tells more than two separate runs.
+    """
+    ppl, base = qu.perplexity(nll), qu.perplexity(baseline)
+    pairs = list(zip(nll, baseline, strict=True))
+    return {
+        "delta_ppl": ppl - base,
+        "delta_ppl_se": standard_error([ppl * one - base * other for one, other in pairs]),
+        "delta_percent": 100 * (ppl / base - 1),
+        "delta_percent_se": standard_error([100 * ppl / base * (one - other) for one, other in pairs]),
+    }
+
+
 def or_none(value: float) -> float | None:
     """Return value; None for nan, which stands for what is not known."""
     return None if math.isnan(value) else value
@@ -95,8 +117,8 @@ def results(run: Run, dataset: str) -> list[dict]:
     for row, figures in zip(run.rows, run.done(dataset).unbind(1), strict=True):
         windows = {name: figures[:, column].tolist() for column, name in enumerate(FIGURES)}
         means = {name: math.fsum(values) / len(values) for name, values in windows.items()}
-        ppl, error = qu.perplexity(windows["nll"]), qu.standard_error(windows["nll"])
-        difference = qu.paired_difference(windows["nll"], baseline)
+        ppl, error = qu.perplexity(windows["nll"]), standard_error(windows["nll"])
+        difference = paired_difference(windows["nll"], baseline)
         labels = {"dataset": dataset, "abits": row.abits, "quantized": row.quantized, "layer": row.layer}
         counts = {"windows": len(figures), "tokens": len(figures) * (run.texts[dataset].shape[1] - 1)}
         made.append({

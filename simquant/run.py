@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from simquant import processes
-from simquant.flags import Flags, decisive, plain_settings
+from simquant.flags import Flags
 from simquant.notices import is_out_of_memory, notices_only, notify, one_line
+from simquant.parsing import decisive, plain_settings
 
 if TYPE_CHECKING:
     from quant_utils import Setting, Site
@@ -25,17 +26,21 @@ if TYPE_CHECKING:
 
 SAVE_EVERY = 30  # seconds between two versions of --output while it is not complete
 ROUND = 64  # windows that each process measures before all exchange what they have
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Terminated(KeyboardInterrupt):
     """SIGTERM, which is to leave everything as tidy as Ctrl-C does."""
 
 
+def on_signals(handler: Any) -> None:
+    """Let handler answer Ctrl-C and SIGTERM."""
+    for each in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(each, handler)
+
+
 def stop(signum: int, frame: object) -> None:
     """Raise the exception of a signal, once: a second one would lose what is being saved."""
-    for each in SIGNALS:
-        signal.signal(each, signal.SIG_IGN)
+    on_signals(signal.SIG_IGN)
     raise Terminated if signum == signal.SIGTERM else KeyboardInterrupt
 
 
@@ -47,8 +52,11 @@ def exit_status(main: Callable[[], None]) -> int:
         sys.stdout.reconfigure(errors="backslashreplace")
     status, message = 0, ""
     try:
-        main()
-        sys.stdout.flush()
+        try:
+            main()
+            sys.stdout.flush()
+        finally:
+            on_signals(signal.SIG_IGN)  # what is to be said is said in peace
     except KeyboardInterrupt as interruption:
         status, message = 143 if isinstance(interruption, Terminated) else 130, str(interruption) or "interrupted"
     except ArgumentTypeError as error:
@@ -58,16 +66,22 @@ def exit_status(main: Callable[[], None]) -> int:
         with contextlib.suppress(OSError, ValueError):  # or Python's own flush at exit fails again
             os.dup2(nowhere.fileno(), sys.stdout.fileno())
     except Exception as error:
-        from quant_utils import UserError
-
-        if not isinstance(error, UserError) and not is_out_of_memory(error):
-            raise
-        advice = "out of memory: lower --batch_size or --seqlen, or choose a smaller --dtype"
-        status, message = 2, f"error: {error if isinstance(error, UserError) else advice}"
+        status, message = 2, f"error: {what_to_mend(error)}"
     if message:
         who = f"process {processes.index()}: " if processes.index() else ""
         print(f"{Path(sys.argv[0]).name}: {who}{one_line(message)}", file=sys.stderr)
     return status
+
+
+def what_to_mend(error: Exception) -> str:
+    """Return what is said of an error that the user can mend; raise any other."""
+    from quant_utils import UserError
+
+    if is_out_of_memory(error):
+        return "out of memory: lower --batch_size or --seqlen, or choose a smaller --dtype"
+    if not isinstance(error, UserError):
+        raise error
+    return str(error)
 
 
 def begin(flags: Flags, given: Mapping[str, Any]) -> None:
@@ -95,60 +109,63 @@ def checked_sites(model, flags: Flags) -> list[Site]:
     return found
 
 
+def settings_of(model, flags: Flags, stored: Mapping[str, Any] | None) -> tuple[list[Site], dict[Row, Setting]]:
+    """Return (what a model caches, what the flags ask for, with the quantizers of a file's content if there is one)."""
+    from simquant import quantizer_file
+
+    found = checked_sites(model, flags)
+    settings = flags.plan().settings(found)
+    if stored is not None:
+        settings = quantizer_file.fitted(stored, model.config.model_type, found, settings)
+    return found, settings
+
+
 def evaluate(flags: Flags, given: Mapping[str, Any], stored: Mapping[str, Any] | None = None) -> None:
     """Measure, print, save and draw what the flags ask for; stored is a quantizer file's content, None for no file."""
     begin(flags, given)
-    from simquant import files, kvquant_file, models, plots, quantizer_file, report, speed, texts
+    from simquant import describe, files, kvquant_file, models, plots, report, texts
 
-    path: str | None = getattr(flags, "quantizer_path", None)
-    exported: str | None = getattr(flags, "export_kvquant", None)
-    outputs = [flags.output, flags.plot, flags.plot_activations, exported]
-    files.check_writable(outputs, [path, *flags.datasets, flags.model])
+    exported, read = getattr(flags, "export_kvquant", None), [getattr(flags, "quantizer_path", None), *flags.datasets]
+    files.check_writable([flags.output, flags.plot, flags.plot_activations, exported], [*read, flags.model])
     config, tokenizer = models.load_config_and_tokenizer(flags.model)
-    windows = texts.load(flags, config, tokenizer)
-
-    def settings_of(model) -> tuple[list[Site], dict[Row, Setting]]:
-        found = checked_sites(model, flags)
-        settings = flags.plan().settings(found)
-        if stored is not None and path is not None:
-            settings = quantizer_file.fitted(path, stored, model.config.model_type, found, settings)
-        return found, settings
-
-    shape = models.skeleton(flags, config)
-    found, settings = settings_of(shape)  # so that mistakes show before weights load
-    layer = plots.drawn_layer(narrowest(settings), flags.plot_layer) if flags.plot_activations else None
+    windows, shape = texts.load(flags, config, tokenizer), models.skeleton(flags, config)
+    found, settings = settings_of(shape, flags, stored)  # so that mistakes show before weights load
+    if flags.plot_activations:
+        plots.drawn_layer(narrowest(settings), flags.plot_layer)
     if exported is not None and processes.index() == 0:
         kvquant_file.export(exported, narrowest(settings))
     if flags.dry_run:
-        print_plan(flags, shape, found, settings, windows)
+        describe.print_plan(flags, shape, found, settings, windows)
         return
-    resolved = {"dtype": models.dtype_of(shape), "attn_implementation": shape.config._attn_implementation}
-    resolved["compile"] = "on" if speed.is_to_compile(flags.compile, models.single_device(flags.device)) else "off"
-    record: dict[str, Any] = {
-        "script": Path(sys.argv[0]).name,
-        "model": flags.model,
-        "settings": plain_settings(flags) | resolved,
-    }
-    record["sha256"] = report.digests(windows, path) | {"model weights": models.weights_mark(config)}
+    record = make_record(flags, shape, windows)
     known = report.load_unfinished(flags.output, record, decisive(flags)) if flags.resume and flags.output else {}
 
     model = models.load_model(flags, config)
-    found, settings = settings_of(model)
+    found, settings = settings_of(model, flags, stored)
     record["environment"] = models.environment(model)
-    record["settings"]["device"] = record["environment"]["device"]
     run = report.Run(windows, list(settings), found, flags.report_context)
     if known:
         report.take_over(run, flags.output or "", known, record["environment"])
-    for each in SIGNALS:
-        signal.signal(each, stop)
-    rows = measure_compiled(model, run, settings, flags, record)
+    on_signals(stop)
+    failure = measure_compiled(model, run, settings, flags, record)
     if processes.index() == 0:
-        print_settings(model, flags, settings)
-        if flags.plot is not None:
-            plots.save_figure(flags.plot, plots.draw_attribution(rows) if flags.attribution else plots.draw_sweep(rows))
-        if flags.plot_activations is not None and layer is not None:
-            drawn = plots.draw_activations(model, windows[flags.datasets[0]][0], narrowest(settings), layer)
-            plots.save_figure(flags.plot_activations, drawn)
+        describe.print_settings(model, flags, settings)
+        plots.draw(flags, model, run, narrowest(settings))
+    if failure is not None:
+        raise failure
+
+
+def make_record(flags: Flags, shape, windows: Mapping) -> dict[str, Any]:
+    """Return what --output says of a run besides its figures: resolved flags, and marks of what it read."""
+    from simquant import models, report, speed
+
+    device = models.single_device(flags.device)
+    resolved = {"dtype": models.dtype_of(shape), "attn_implementation": shape.config._attn_implementation}
+    resolved |= {"device": str(device), "compile": "on" if speed.is_to_compile(flags.compile, device) else "off"}
+    read = report.digests(windows, getattr(flags, "quantizer_path", None))
+    read["model weights"] = models.weights_mark(shape.config)
+    settings = plain_settings(flags) | resolved
+    return {"script": Path(sys.argv[0]).name, "model": flags.model, "settings": settings, "sha256": read}
 
 
 def narrowest(settings: Mapping[Row, Setting]) -> Setting:
@@ -157,7 +174,7 @@ def narrowest(settings: Mapping[Row, Setting]) -> Setting:
     return min(some, key=lambda each: (sum(q.bits for q in each.values()) / len(each), -len(each)), default={})
 
 
-def measure_compiled(model, run: Run, settings: Mapping[Row, Setting], flags: Flags, record: dict) -> list[dict]:
+def measure_compiled(model, run: Run, settings: Mapping[Row, Setting], flags: Flags, record: dict) -> OSError | None:
     """Return measure_and_report, with compiled layers if record says so. If they do not compile, auto goes without."""
     from simquant import speed
 
@@ -172,9 +189,18 @@ def measure_compiled(model, run: Run, settings: Mapping[Row, Setting], flags: Fl
     return measure_and_report(model, run, settings, flags, record)
 
 
-def measure_and_report(model, run: Run, settings: Mapping[Row, Setting], flags: Flags, record: Mapping) -> list[dict]:
-    """Measure what run lacks, print its tables, write --output, also when interrupted. Return all rows."""
+def measure_and_report(
+    model, run: Run, settings: Mapping[Row, Setting], flags: Flags, record: Mapping
+) -> OSError | None:
+    """Measure what run lacks, print its tables, write --output, also when interrupted. Return why that failed."""
     from simquant import report
+
+    def save(complete: bool) -> OSError | None:
+        try:
+            report.write_output(flags.output, record, run, complete)
+        except OSError as error:
+            return error
+        return None
 
     saved = time.monotonic()
     try:
@@ -182,13 +208,11 @@ def measure_and_report(model, run: Run, settings: Mapping[Row, Setting], flags: 
             for _ in measure(model, run, dataset, list(settings.values()), flags.batch_size):
                 if time.monotonic() - saved > SAVE_EVERY:
                     saved = time.monotonic()
-                    try:
-                        report.write_output(flags.output, record, run, complete=False)
-                    except OSError as error:
-                        notify(str(error))
+                    if failure := save(complete=False):
+                        notify(str(failure))
             print(report.table(report.results(run, dataset), report.TABLES[""]), flush=True)
-        rows = report.all_results(run)
-        print(report.comparison(run, rows), flush=True)
+        print(report.comparison(run, report.all_results(run)), flush=True)
+        return save(complete=True)
     except BaseException as stop:
         done = report.write_output(flags.output, record, run, complete=False)
         if isinstance(stop, KeyboardInterrupt):
@@ -196,8 +220,6 @@ def measure_and_report(model, run: Run, settings: Mapping[Row, Setting], flags: 
         if done:
             notify(done)
         raise
-    report.write_output(flags.output, record, run, complete=True)
-    return rows
 
 
 def measure(model, run: Run, dataset: str, settings: Sequence[Setting], batch_size: int | str) -> Iterator[None]:
@@ -205,15 +227,15 @@ def measure(model, run: Run, dataset: str, settings: Sequence[Setting], batch_si
     import torch
 
     import quant_utils as qu
-    from simquant import models
+    from simquant import memory
 
     windows, count, total = run.texts[dataset], processes.count(), sum(map(len, run.texts.values()))
     with qu.progress("measure", total=total, initial=sum(run.count.values())) as bar:
         while (first := run.count[dataset]) < len(windows):
             each = len(windows) if count == 1 else min(ROUND, -(-(len(windows) - first) // count))
             place, start, parts = first + processes.index() * each, time.perf_counter(), [run.done(dataset)[:0]]
-            for figures in models.evaluate_what_fits(model, run.sites, windows[place:][:each], settings, batch_size):
-                models.check_figures(model, run, dataset, settings, place, figures)
+            for figures in memory.evaluate_what_fits(model, run.sites, windows[place:][:each], settings, batch_size):
+                memory.check_figures(model, run, dataset, settings, place, figures)
                 place += len(figures)
                 parts.append(figures)
                 if count == 1:
@@ -226,44 +248,3 @@ def measure(model, run: Run, dataset: str, settings: Sequence[Setting], batch_si
                 yield
             if count > 1:
                 run.add(dataset, torch.cat(processes.gather([torch.cat(parts)])), time.perf_counter() - start)
-
-
-def print_settings(model, flags: Flags, settings: Mapping[Row, Setting]) -> None:
-    """Print below the tables what was measured, on which text, quantized how."""
-    from simquant import models, texts
-
-    attention, where = model.config._attn_implementation, models.devices_of(model)
-    line = f"{models.dtype_of(model)} on {where}, {attention} attention{models.weights_line(model.config)}"
-    print(f"\n{flags.model}: {line}, windows of {flags.seqlen} tokens")
-    for dataset in flags.datasets:
-        print(f"{dataset}: {texts.ABOUT.get(dataset, texts.ABOUT_FILES)}")
-    print_quantizers(settings)
-
-
-def print_quantizers(settings: Mapping[Row, Setting]) -> None:
-    """Print a line for keys and one for values: their widths, and how they are quantized."""
-    for part in ("keys", "values"):
-        mine = [q for setting in settings.values() for site, q in setting.items() if site.part == part]
-        if mine:
-            print(f"{part}: {', '.join(map(str, dict.fromkeys(q.bits for q in mine)))}-bit {mine[0]}")
-
-
-def print_plan(flags: Flags, shape, found: Sequence[Site], settings: Mapping[Row, Setting], windows: Mapping) -> None:
-    """Print what --dry_run shows: the sites, the settings, the windows, the sizes of weights and cache."""
-    from simquant import models, sites
-
-    quantized = {site for setting in settings.values() for site in setting}
-    for site in found:
-        rest = "" if site in quantized else ", not quantized"
-        print(f"{site.name}: the output of {sites.module_name(site)}, {site.channels} channels{rest}")
-    device, line = models.single_device(flags.device), models.weights_line(shape.config)
-    print(f"\n{flags.model}: {type(shape).__name__}, {models.dtype_of(shape)} on {device}{line}")
-    print(f"settings: {len(settings)}, of {', '.join(dict.fromkeys(str(row.abits) for row in settings))} bits")
-    print_quantizers(settings)
-    for name, each in windows.items():
-        print(f"{name}: {len(each)} windows of {flags.seqlen} tokens")
-    cache = 2 * flags.report_context * sum(site.channels for site in found)
-    sizes = [models.weight_bytes(shape), models.free_memory(device), cache]
-    weights, free, held = (f"{size / 2**30:.2f} GiB" for size in sizes)
-    print(f"weights: {weights}; {free} are free on {device}")
-    print(f"cache of {flags.report_context} tokens in 16 bits: {held}")

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from quant_utils import UserError
-from simquant.models import free_memory, loading
+from simquant.memory import free_memory
+from simquant.models import loading
 from simquant.notices import notify
 
 ABOUT = {

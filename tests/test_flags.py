@@ -58,9 +58,10 @@ COMPANIONS = {  # what a flag does not go without
     "plot_layer": ("--plot_activations", "b.svg"),
     "fisher": ("--nuq",),
     "cap_outliers": ("--include_sparse",),
-    "calibrate": (),
 }
-NO_FIGURE = {"device", "output", "resume", "report_context", "plot", "plot_activations", "plot_layer", "quiet", "dry_run"}
+NO_FIGURE = {
+    "device", "output", "resume", "report_context", "plot", "plot_activations", "plot_layer", "quiet", "dry_run",
+}  # fmt: skip
 PATH = ("--quantizer_path", "q.pkl")
 FIT = ("--calibrate", *PATH)
 
@@ -110,16 +111,14 @@ def test_every_flag_has_its_default(parsed):
 
 @pytest.mark.parametrize("name", [*EVERY_FLAG, *CALIBRATION_FLAGS])
 def test_every_flag_is_changed_by_its_word_alone(parsed, name):
-    cls = Flags if name in EVERY_FLAG else CalibratedFlags
-    _, word, value = (EVERY_FLAG | CALIBRATION_FLAGS)[name]
-    more = (*COMPANIONS.get(name, ()), *(PATH if cls is CalibratedFlags and name != "quantizer_path" else ()))
-    before = parsed(cls, *more)[0] if more[:1] != ("--calibrate",) else None
-    flags, given = parsed(cls, f"--{name}", *([word] if word else []), *more)
-    assert getattr(flags, name) == value and name in given
-    agreeing = {"nf", "nuq", "kv_format"}
-    for other in flag_fields(cls):
-        if before is not None and other != name and not {name, other} <= agreeing:
-            assert getattr(flags, other) == getattr(before, other)
+    cls, known = Flags if name in EVERY_FLAG else CalibratedFlags, EVERY_FLAG | CALIBRATION_FLAGS
+    companions = (*COMPANIONS.get(name, ()), *(PATH if cls is CalibratedFlags and name != "quantizer_path" else ()))
+    flags, given = parsed(cls, f"--{name}", *([known[name][1]] if known[name][1] else []), *companions)
+    assert getattr(flags, name) == known[name][2] and name in given
+    changed = {name, *(word.lstrip("-") for word in companions)}
+    changed |= {"nf", "nuq", "kv_format"} if changed & {"nf", "nuq", "kv_format"} else set()
+    for other in set(flag_fields(cls)) - changed:
+        assert getattr(flags, other) == known[other][0]
 
 
 def test_what_decides_figures_is_all_but_what_prints_draws_and_places():
@@ -261,7 +260,7 @@ def test_a_mistake_is_one_line_with_the_value_and_the_remedy(refused, words, sai
         ((*FIT, "--abits", "4,3", "--export_kvquant", "e.pkl"), ("--export_kvquant", "one width")),
         *[
             ((*FIT, *flag.split()), (flag.split()[0], "leave it out with --calibrate"))
-            for flag in ("--output a.json", "--plot a.png", "--attribution", "--baseline", "--resume",
+            for flag in ("--output a.json", "--plot a.png", "--attribution", "--baseline", "--resume --output a.json",
                          "--plot_activations a.png", "--report_context 9")
         ],
     ],

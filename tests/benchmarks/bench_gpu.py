@@ -22,7 +22,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(ROOT))
 import quant_utils as qu  # noqa: E402
-from simquant import models, processes, report, sites, speed  # noqa: E402
+from simquant import memory, processes, report, sites, speed  # noqa: E402
 from simquant.methods import Plan, Width  # noqa: E402
 from simquant.run import measure  # noqa: E402
 
@@ -100,7 +100,7 @@ def calibrated(model, windows=16, **options):
 def peak_gib(weights):
     """Above the weights, since the last call."""
     peak = (torch.cuda.max_memory_allocated() - weights) / 2**30
-    models.reset_peak_memory()
+    memory.reset_peak_memory()
     return peak
 
 

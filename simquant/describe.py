@@ -1,0 +1,46 @@
+"""What is printed of a run besides its figures: its settings, and what --dry_run shows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from quant_utils import Setting, Site
+from simquant import memory, models, sites, texts
+
+
+def print_settings(model, flags, settings: Mapping[Any, Setting]) -> None:
+    """Print below the tables what was measured, on which text, quantized how."""
+    attention, where = model.config._attn_implementation, memory.devices_of(model)
+    line = f"{models.dtype_of(model)} on {where}, {attention} attention{models.weights_line(model.config)}"
+    print(f"\n{flags.model}: {line}, windows of {flags.seqlen} tokens")
+    for dataset in flags.datasets:
+        print(f"{dataset}: {texts.ABOUT.get(dataset, texts.ABOUT_FILES)}")
+    print_quantizers(settings)
+
+
+def print_quantizers(settings: Mapping[Any, Setting]) -> None:
+    """Print a line for keys and one for values: their widths, and how they are quantized."""
+    for part in ("keys", "values"):
+        mine = [q for setting in settings.values() for site, q in setting.items() if site.part == part]
+        if mine:
+            print(f"{part}: {', '.join(map(str, dict.fromkeys(q.bits for q in mine)))}-bit {mine[0]}")
+
+
+def print_plan(flags, shape, found: Sequence[Site], settings: Mapping[Any, Setting], windows: Mapping) -> None:
+    """Print what --dry_run shows: the sites, the settings, the windows, the sizes of weights and cache."""
+    quantized = {site for setting in settings.values() for site in setting}
+    for site in found:
+        rest = "" if site in quantized else ", not quantized"
+        print(f"{site.name}: the output of {sites.module_name(site)}, {site.channels} channels{rest}")
+    device, line = models.single_device(flags.device), models.weights_line(shape.config)
+    print(f"\n{flags.model}: {type(shape).__name__}, {models.dtype_of(shape)} on {device}{line}")
+    print(f"settings: {len(settings)}, of {', '.join(dict.fromkeys(str(row.abits) for row in settings))} bits")
+    print_quantizers(settings)
+    for name, each in windows.items():
+        print(f"{name}: {len(each)} windows of {flags.seqlen} tokens")
+    cache = 2 * flags.report_context * sum(site.channels for site in found)
+    sizes = [models.weight_bytes(shape), memory.free_memory(device), cache]
+    weights, free, held = (f"{size / 2**30:.2f} GiB" for size in sizes)
+    print(f"weights: {weights}; {free} are free on {device}")
+    print(f"cache of {flags.report_context} tokens in 16 bits: {held}")
