@@ -50,10 +50,27 @@ def with_stored(flags: CalibratedFlags, given: dict, stored: dict) -> Calibrated
     return checked(replace(flags, **(stored | given)), given)
 
 
+def fit(flags: CalibratedFlags, model, windows) -> tuple[dict, dict]:
+    """Return ({row: setting} fitted to windows [N,T], {(row, site): how well}). Processes share the gradients."""
+    import quant_utils as qu
+    from simquant import memory
+    from simquant.quantizer_file import Fit
+
+    settings, gradients, fits = flags.plan().settings(run.checked_sites(model, flags)), None, {}
+
+    def on_fit(row, site, quantizer, x, given) -> None:
+        fits[row, site] = Fit.of(quantizer, x, given)
+
+    with memory.checkpointing_if_short(model, flags.seqlen):
+        if flags.fisher and processes.count() > 1:
+            mine, whole = windows[processes.index() :: processes.count()], next(iter(settings.values()))
+            gradients = processes.interleave(qu.record(model, whole, mine, gradients=True))
+        return qu.calibrate(model, windows, settings, gradients, on_fit), fits
+
+
 def calibrate(flags: CalibratedFlags, given: dict) -> None:
     """Fit, save, and print how well the quantizers fit and how to evaluate them."""
     run.begin(flags, given)
-    import quant_utils as qu
     from simquant import describe, files, kvquant_file, memory, models, quantizer_file, texts
 
     path = flags.quantizer_path or ""
@@ -65,30 +82,15 @@ def calibrate(flags: CalibratedFlags, given: dict) -> None:
     if flags.dry_run:
         describe.print_plan(flags, shape, sites, settings, {flags.calib_dataset: windows})
         return
-    model = models.load_model(flags, config)
-    settings, gradients = flags.plan().settings(run.checked_sites(model, flags)), None
-    fits: dict = {}
-
-    def on_fit(row, site, quantizer, x, given) -> None:
-        fits[row, site] = quantizer_file.Fit.of(quantizer, x, given)
-
-    with memory.checkpointing_if_short(model, flags.seqlen):
-        if flags.fisher and processes.count() > 1:
-            mine, whole = windows[processes.index() :: processes.count()], next(iter(settings.values()))
-            gradients = processes.interleave(qu.record(model, whole, mine, gradients=True))
-        fitted = qu.calibrate(model, windows, settings, gradients, on_fit)
+    fitted, fits = fit(flags, models.load_model(flags, config), windows)
     if processes.index() > 0:
         return
-    shape_of = {
-        "name": flags.model,
-        "type": config.model_type,
-        "channels": {site.name: site.channels for site in sites},
-    }
-    about = {"model": shape_of, "settings": of_the_fit(flags), "calibration": {"seqlen": flags.seqlen}}
+    made_for = {"name": flags.model, "type": config.model_type, "channels": {s.name: s.channels for s in sites}}
+    about = {"model": made_for, "settings": of_the_fit(flags), "calibration": {"seqlen": flags.seqlen}}
     quantizer_file.save(path, fitted, about | {"versions": models.versions()})
     if flags.export_kvquant is not None:
         kvquant_file.export(flags.export_kvquant, run.narrowest(fitted))
-    print(quantizer_file.fit_table(dict(sorted(fits.items(), key=lambda each: list(fitted).index(each[0][0])))))
+    print(quantizer_file.fit_table(fits, list(fitted)))
     command = ["python3", sys.argv[0], flags.model, "--quantizer_path", path, "--datasets", flags.calib_dataset]
     command += ["--seqlen", str(flags.seqlen)]
     for name in ("dtype", "device", "attn_implementation"):

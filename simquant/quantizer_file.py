@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import io
+import pkgutil
 import warnings
 import zipfile
 from collections.abc import Mapping, Sequence
@@ -13,7 +15,7 @@ import torch
 from torch import Tensor
 
 from quant_utils import Quantized, Quantizer, Setting, Site, UserError
-from simquant import kvquant_file
+from simquant import formats, kvquant_file
 from simquant.files import write_atomically
 
 FORMAT, VERSION = "kvquant simulation: calibrated quantizers", 3
@@ -29,6 +31,8 @@ def state_of(quantizer: Quantizer) -> dict[str, Any]:
 
 def made_of(state: Mapping[str, Any]) -> Quantizer:
     """Return the quantizer that state_of made state of; its constructor checks the fields."""
+    for module in pkgutil.iter_modules(formats.__path__, f"{formats.__name__}."):
+        importlib.import_module(module.name)
     classes = {each.__name__: each for each in subclasses(Quantizer)}
     parts = {n: made_of(value) if isinstance(value, dict) else value for n, value in state.items() if n != "class"}
     return classes[state["class"]](**parts)
@@ -159,12 +163,12 @@ class Fit(NamedTuple):
         return cls(inliers.min().item(), inliers.max().item(), share, (error / whole.clamp(min=1e-30)).item())
 
 
-def fit_table(fits: Mapping[tuple[Any, Site], Fit]) -> str:
+def fit_table(fits: Mapping[tuple[Any, Site], Fit], rows: Sequence[Any]) -> str:
     """Return a line for every width and site: what it gives back, the share kept exact, the relative squared error."""
     width = max(len(site.name) for _, site in fits)
     titles = ("abits", "lowest", "highest", "kept", "rel. error")
     lines = ["projection".ljust(width) + "".join(title.rjust(12) for title in titles)]
-    for (row, site), fit in fits.items():
+    for (row, site), fit in sorted(fits.items(), key=lambda each: rows.index(each[0][0])):
         figures = f"{fit.lowest:12.4f}{fit.highest:12.4f}{fit.kept:12.3%}{fit.error:12.6f}"
         lines.append(f"{site.name:<{width}}{row.abits!s:>12}{figures}")
     return "\n".join(lines)

@@ -5,17 +5,20 @@ A row of METHODS is in it by itself, and tests/test_quantizers.py takes every ro
 
 import itertools
 from types import SimpleNamespace
+from typing import NamedTuple
 
 import torch
 
 from quant_utils import UserError
 from simquant.methods import METHODS, Plan, Width
 
-OPTIONS = {
+DATA_FREE = {
     "plain": {},
     "sinks": {"sinks": 2},
     "outliers": {"outliers": 0.1},
     "outliers, sinks": {"outliers": 0.1, "sinks": 1},
+}
+CALIBRATED = {
     "cap": {"outliers": 0.2, "cap": 0.1},
     "integer zero": {"integer_zero": True},
     "q-norm": {"q_norm": True, "outliers": 0.05},
@@ -23,6 +26,18 @@ OPTIONS = {
     "fisher as the code": {"fisher": "code", "outliers": 0.05, "sinks": 1},
 }
 WIDTHS = (4, 3, 2, 8, 6, 5, 7)  # a row takes the first that its format has
+
+
+class Case(NamedTuple):
+    """What a row of the matrix is called."""
+
+    method: str
+    axis: str
+    options: str  # a name in DATA_FREE or CALIBRATED
+    is_fitted: bool = False
+
+    def __str__(self):
+        return f"{self.method} per {self.axis}, {self.options}{', fitted' * self.is_fitted}"
 
 
 def quantizer_of(method, axis, options):
@@ -37,16 +52,14 @@ def quantizer_of(method, axis, options):
 
 
 def matrix():
-    """Return {name: quantizer}, each once."""
-    rows = {}
-    for method, axis, (label, options) in itertools.product(METHODS, ("channel", "token"), OPTIONS.items()):
-        quantizer = quantizer_of(method, axis, options)
-        if quantizer is not None and str(vars(quantizer)) not in map(str, map(vars, rows.values())):
-            rows[f"{method} per {axis}, {label}"] = quantizer
+    """Return {case: quantizer}, each quantizer once."""
+    rows, seen = {}, set()
+    for method, axis, label in itertools.product(METHODS, ("channel", "token"), DATA_FREE | CALIBRATED):
+        quantizer = quantizer_of(method, axis, (DATA_FREE | CALIBRATED)[label])
+        if quantizer is not None and (method, str(vars(quantizer))) not in seen:
+            seen.add((method, str(vars(quantizer))))
+            rows[Case(method, axis, label)] = quantizer
     return rows
-
-
-MATRIX = matrix()
 
 
 def taps_for(quantizer, x):
@@ -67,3 +80,10 @@ def fitted(quantizer, x=None):
     x = activations(3) if x is None else x
     grad = torch.randn(x.shape, generator=torch.Generator().manual_seed(1)) ** 3
     return quantizer.fit(x, grad if quantizer.needs_gradient else None, taps_for(quantizer, x))
+
+
+MATRIX = matrix()
+VARIANTS = {  # fitted, and as the data-free script uses it
+    **{case._replace(is_fitted=True): fitted(quantizer) for case, quantizer in MATRIX.items()},
+    **{c: q for c, q in MATRIX.items() if c.options in DATA_FREE and not METHODS[c.method].calibrated},
+}

@@ -6,9 +6,9 @@ import sys
 import pytest
 from conftest import ROOT, SAMPLE
 
-from simquant.flags import CalibratedFlags, Flags, decisive, flags_as_markdown, of_the_fit, parse, plain_settings
+from simquant.flags import CalibratedFlags, Flags, of_the_fit, parse
 from simquant.methods import METHODS, Width
-from simquant.parsing import flag_fields
+from simquant.parsing import as_markdown, decisive, flag_fields, plain_settings
 
 EVERY_FLAG = {  # {flag: (its default, a word that changes it, what it is then)}, of the data-free script
     "dtype": ("auto", "bfloat16", "bfloat16"),
@@ -295,9 +295,10 @@ def test_a_flag_without_effect_is_said(parsed, cls, words, said):
 
 
 def test_the_page_of_flags_is_the_parser():
-    assert flags_as_markdown() in (ROOT / "docs" / "flags.md").read_text(encoding="utf-8")
+    page = as_markdown(CalibratedFlags)
+    assert page in (ROOT / "docs" / "flags.md").read_text(encoding="utf-8")
     for name, (default, *_) in (EVERY_FLAG | CALIBRATION_FLAGS).items():
-        (row,) = [line for line in flags_as_markdown().splitlines() if line.startswith(f"| `--{name}` |")]
+        (row,) = [line for line in page.splitlines() if line.startswith(f"| `--{name}` |")]
         shown = {None: "none", False: "off", (): "none", (Width(4, 4),): "4"}.get(default, default)
         shown = shown[0] if isinstance(shown, tuple) else shown
         assert row.endswith(f"| `{shown}` |")

@@ -9,6 +9,7 @@ import os
 import pty
 import re
 import shutil
+import statistics
 import struct
 import subprocess
 import sys
@@ -26,8 +27,9 @@ from torch import nn
 
 from quant_utils import ScalarQuantizer, Site, UserError
 from simquant import plots, report
-from simquant.flags import Flags, decisive
+from simquant.flags import Flags
 from simquant.methods import Row
+from simquant.parsing import decisive
 from simquant.sites import find_sites
 
 TEXT = ("--datasets", SAMPLE, "--seqlen", "128", "--limit", "6")
@@ -66,6 +68,11 @@ def figures(path_or_report):
     """Return all of a report's results but the seconds."""
     whole = path_or_report if isinstance(path_or_report, dict) else json.loads(path_or_report.read_text())
     return [{name: value for name, value in row.items() if name != "seconds"} for row in whole["results"]]
+
+
+def perplexity_without(row, window):
+    """Return the perplexity of a row's other windows."""
+    return math.exp(statistics.fmean(nll for i, nll in enumerate(row["window_nll"]) if i != window))
 
 
 def tables(stdout):
@@ -119,6 +126,8 @@ def test_the_same_figures_stand_in_the_tables_and_in_the_json(sweep):
             assert row[name] == pytest.approx(math.fsum(row[f"window_{name}"]) / 6, rel=1e-12)
         assert row["ppl"] == pytest.approx(math.exp(row["nll"]), rel=1e-12)
         assert row["delta_ppl"] == pytest.approx(row["ppl"] - base["ppl"], abs=1e-9)
+        without = [perplexity_without(row, i) - perplexity_without(base, i) for i in range(6)]
+        assert row["delta_ppl_se"] == pytest.approx(statistics.pstdev(without) * 5**0.5, rel=0.2)  # the jackknife's
 
 
 def test_every_key_of_the_product_before_is_there(sweep):
@@ -196,12 +205,10 @@ def test_a_narrow_terminal_folds_the_tables_loses_no_figure_and_shows_a_bar(swee
     assert "18/18" in written or "6/6" in written
     assert re.search(r"ppl \d+\.\d{4} \d+\.\d{4} \d+\.\d{4}", written)
     shown = written[written.index("dataset") :]
-    lines = [line for line in shown.splitlines() if line.startswith("against") or not re.match(r"\S+: |bits an", line)]
-    assert all(len(line) <= 70 for line in lines if "against" not in line and str(SAMPLE) not in line)
-    assert shown.count("dataset ") > 3
-    for table in tables(sweep[0].stdout):
-        for row in table:
-            assert all(cell in shown for name, cell in row.items() if name != "seconds")
+    assert all(len(line) <= 70 for line in shown.splitlines() if not re.match(r"against|bits an entry|\S+: ", line))
+    assert max(map(len, sweep[0].stdout.splitlines())) > 90
+    for row in (row for table in tables(sweep[0].stdout) for row in table):
+        assert all(cell in shown for name, cell in row.items() if name != "seconds")
 
 
 # -- interrupted, and continued
@@ -224,7 +231,7 @@ if {signals!r} == "SIGKILL":
 
 
 def killed(folder, count, signals, *command, place="quant_utils.start_batch"):
-    """Return the process of a script, sent signals whenever it has called the function `place` more than count times."""
+    """Return the process of a script, sent signals whenever it has called `place` more than count times."""
     return run_script(driver(folder, INTERRUPTER.format(place=place, count=count, signals=signals)), *command)
 
 
@@ -286,7 +293,7 @@ def test_the_second_of_two_texts_is_interrupted(tmp_path):
     process = killed(tmp_path, 3, "SIGINT", DYNAMIC_SCRIPT, NANO, *flags, "--output", tmp_path / "o.json")
     assert process.returncode == 130 and [row["windows"] for row in figures(tmp_path / "o.json")] == [2, 2, 1, 1]
     process = run_script(DYNAMIC_SCRIPT, NANO, *flags, "--output", tmp_path / "o.json", "--resume")
-    assert len(tables(process.stdout)[0]) == 2 and process.stdout.count("Δppl%") == 1
+    assert process.stdout.count("windows tokens") == 2 and process.stdout.count("Δppl%") == 1
     assert figures(tmp_path / "whole.json") == figures(tmp_path / "o.json")
 
 
@@ -454,7 +461,8 @@ def test_the_curve_is_the_rows_with_their_errors(sweep):
     low, high = bars.get_segments()[0][:, 1]
     assert (high - low) / 2 == pytest.approx(rows[2]["delta_ppl_se"])
     assert "unquantized" in [text.get_text() for text in axes.get_legend().get_texts()]
-    (axes,) = plots.draw_sweep(rows[:1] + [row | {"dataset": "b"} for row in rows[:1]]).axes  # two texts, one setting
+    alone = [row | {"dataset": name, "delta_ppl": None} for name in "ab" for row in rows[1:2]]  # one setting, two texts
+    (axes,) = plots.draw_sweep(alone).axes
     assert [len(container[0].get_xdata()) for container in axes.containers] == [1, 1]
 
 
