@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from quant_utils import Setting, Site
-from simquant import memory, models, sites, texts
+from quant_utils import Setting
+from simquant import memory, models, texts
+from simquant.sites import PlacedSite
 
 
 def print_settings(model, flags, settings: Mapping[Any, Setting]) -> None:
@@ -27,12 +28,12 @@ def print_quantizers(settings: Mapping[Any, Setting]) -> None:
             print(f"{part}: {', '.join(map(str, dict.fromkeys(q.bits for q in mine)))}-bit {mine[0]}")
 
 
-def print_plan(flags, shape, found: Sequence[Site], settings: Mapping[Any, Setting], windows: Mapping) -> None:
+def print_plan(flags, shape, found: Sequence[PlacedSite], settings: Mapping[Any, Setting], windows: Mapping) -> None:
     """Print what --dry_run shows: the sites, the settings, the windows, the sizes of weights and cache."""
     quantized = {site for setting in settings.values() for site in setting}
     for site in found:
         rest = "" if site in quantized else ", not quantized"
-        print(f"{site.name}: the output of {sites.module_name(site)}, {site.channels} channels{rest}")
+        print(f"{site.name}: the output of {site.given_by()}, {site.channels} channels{rest}")
     device, line = models.single_device(flags.device), models.weights_line(shape.config)
     print(f"\n{flags.model}: {type(shape).__name__}, {models.dtype_of(shape)} on {device}{line}")
     print(f"settings: {len(settings)}, of {', '.join(dict.fromkeys(str(row.abits) for row in settings))} bits")

@@ -49,14 +49,14 @@ class QuantizationFlags:
         (Width(4, 4),), "bits an entry: 2 to 8, 16 for no quantization, 4/2 for keys/values; a comma list measures all",
         parsing.width_list, metavar="BITS",
     )  # fmt: skip
-    kv_format: str = flag("uniform", "the method, by its name in the README", tuple(METHODS), metavar="NAME")
+    kv_format: str = flag("uniform", f"the method: {', '.join(METHODS)}", tuple(METHODS), metavar="NAME")
     nf: bool = flag(False, "short for --kv_format nf: NormalFloat levels instead of uniform ones")
     perchannel: tuple[str, ...] = listed(("k_proj",), "which of k_proj and v_proj have one scale per channel")
     pertoken: tuple[str, ...] = listed(("v_proj",), "which of k_proj and v_proj have one scale per token")
     include_sparse: bool = flag(False, "keep outliers exact (dense-and-sparse)")
     sparsity_threshold: float = flag(0.99, "with --include_sparse, the share that is quantized", fraction, metavar="P")
     first_few_fp16: int = flag(
-        -1, "leading tokens of every window kept exact (attention sinks)", count(least=-1), metavar="N"
+        -1, "leading tokens of every window kept exact (attention sinks); -1: none", count(least=-1), metavar="N"
     )
     skip_layers: tuple[int, ...] = flag(
         (), "layers that stay unquantized; -1 is the last", parsing.layer_list, metavar="LIST"
@@ -93,7 +93,9 @@ class OutputFlags:
     plot_activations: str | None = on_output(
         None, "draw a layer's keys and values before and after quantization", picture, metavar="FILE"
     )
-    plot_layer: int | None = on_output(None, "which layer that is; else the middle one", count(least=0), metavar="N")
+    plot_layer: int | None = on_output(
+        None, "the layer that this draws; else the middle one", count(least=0), metavar="N"
+    )
     quiet: bool = flag(False, "no progress bar, even on a terminal", decides=False)
     dry_run: bool = flag(False, "print sites, settings, windows and sizes, and stop; load no weights", decides=False)
 
@@ -104,10 +106,12 @@ class CalibrationFlags:
 
     calibrate: bool = flag(False, "fit quantizers and save them; without it, evaluate saved ones", decides=False)
     quantizer_path: str | None = flag(None, "the quantizer file, ours or KVQuant's own", decides=False, metavar="FILE")
-    export_kvquant: str | None = flag(None, "also write it in KVQuant's own format", decides=False, metavar="FILE")
+    export_kvquant: str | None = flag(None, "also write the quantizers as KVQuant does", decides=False, metavar="FILE")
     nuq: bool = flag(False, "short for --kv_format nuq: levels fitted by k-means (KVQuant)")
     fisher: bool = flag(False, "with --nuq, weigh the fit by Fisher information")
-    fisher_weighting: str = flag("paper", "F times the squared range (paper), or F alone (code)", ("paper", "code"))
+    fisher_weighting: str = flag(
+        "paper", "by it times the squared range (paper), or it alone (code)", ("paper", "code")
+    )
     norm: bool = flag(False, "Q-Norm: decoded levels keep mean and standard deviation")
     clamp: bool = flag(False, "uniform levels with an integer zero point")
     cap_outliers: float | None = flag(
@@ -115,7 +119,7 @@ class CalibrationFlags:
     )
     calib_dataset: str = flag("wikitext2", "wikitext2, c4 or a text file", parsing.text_name, metavar="NAME")
     nsamples: int = flag(16, "calibration windows of --seqlen tokens", count(least=1, most=10**6), metavar="N")
-    seed: int = flag(0, "of the places where these are cut", count(least=0, most=2**63 - 1), metavar="N")
+    seed: int = flag(0, "seed of the places where these are cut", count(least=0, most=2**63 - 1), metavar="N")
 
 
 @dataclass(frozen=True)
@@ -158,11 +162,12 @@ class Flags(OutputFlags, TextFlags, QuantizationFlags, ModelFlags):
 
     def options(self) -> dict[str, tuple[str, Any]]:
         """Return {flag: (field of a quantizer, value)} of what is asked beyond a method's own choices."""
-        asked: dict[str, tuple[str, Any]] = (
-            {"--first_few_fp16": ("sinks", self.first_few_fp16)} if self.first_few_fp16 > 0 else {}
-        )
-        sparse = {"--include_sparse": ("outliers", 1 - self.sparsity_threshold)} if self.include_sparse else {}
-        return asked | sparse
+        asked: dict[str, tuple[str, Any]] = {}
+        if self.first_few_fp16 > 0:
+            asked["--first_few_fp16"] = "sinks", self.first_few_fp16
+        if self.include_sparse:
+            asked["--include_sparse"] = "outliers", 1 - self.sparsity_threshold
+        return asked
 
     def vain(self, given: Mapping[str, Any]) -> list[str]:
         """Return what is said of flags that the command line gives without effect."""
@@ -205,11 +210,10 @@ class CalibratedFlags(CalibrationFlags, Flags):
 
     def vain(self, given: Mapping[str, Any]) -> list[str]:
         """See Flags."""
-        unused = [
-            f"--{n} has no effect with --calibrate" for n in given if self.calibrate and with_calibrate(n) == "unused"
-        ]
+        unused = [name for name in given if self.calibrate and with_calibrate(name) == "unused"]
+        found = super().vain(given) + [f"--{name} has no effect with --calibrate" for name in unused]
         is_vain = "fisher_weighting" in given and not self.fisher
-        return super().vain(given) + unused + ["--fisher_weighting has no effect without --fisher"] * is_vain
+        return found + ["--fisher_weighting has no effect without --fisher"] * is_vain
 
 
 AnyFlags = TypeVar("AnyFlags", bound=Flags)
@@ -241,9 +245,8 @@ def checked(flags: AnyFlags, given: Mapping[str, Any]) -> AnyFlags:
 
 def with_method(cls: type[Flags], given: Mapping[str, Any]) -> dict[str, Any]:
     """Return given with --kv_format and its short forms --nf and --nuq saying the same."""
-    names = [name for name in ("nf", "nuq") if given.get(name)] + [
-        given[name] for name in ("kv_format",) if name in given
-    ]
+    names = [name for name in ("nf", "nuq") if given.get(name)]
+    names += [given["kv_format"]] if "kv_format" in given else []
     if len(set(names)) > 1:
         raise ArgumentTypeError(f"{' and '.join(names)} are two methods: give one of --nf, --nuq and --kv_format")
     short: dict[str, Any] = {name: name == names[0] for name in ("nf", "nuq") if names and name in flag_fields(cls)}
@@ -252,9 +255,6 @@ def with_method(cls: type[Flags], given: Mapping[str, Any]) -> dict[str, Any]:
 
 def of_the_fit(flags: CalibratedFlags) -> dict[str, Any]:
     """Return {flag: value} of all that decides a fit: what the quantizer file holds."""
-    names = [*flag_fields(QuantizationFlags), *flag_fields(CalibrationFlags)]
     settings = plain_settings(flags) | {"abits": [width.label for width in flags.abits]}
-    known = flag_fields(CalibratedFlags)
-    return {
-        name: settings[name] for name in names if known[name].metadata["decides"] and with_calibrate(name) == "used"
-    }
+    known = flag_fields(QuantizationFlags) | flag_fields(CalibrationFlags)
+    return {n: settings[n] for n, f in known.items() if f.metadata["decides"] and with_calibrate(n) == "used"}

@@ -84,11 +84,14 @@ def evaluate_what_fits(model, sites, windows: Tensor, settings, asked: int | str
     smaller batches; UserError if a single window does.
     """
     reset_peak_memory()
-    done, size, is_probe = 0, 1 if asked == "auto" else int(asked), asked == "auto"
+    done, size, is_probe, said = 0, 1 if asked == "auto" else int(asked), asked == "auto", asked
     while done < len(windows):
         try:
             part = windows[done : done + 1] if is_probe else windows[done:]
             for figures in qu.evaluate(model, sites, part, settings, size):
+                if asked != "auto" and size != said:
+                    notify(f"--batch_size {said} runs out of memory: going on with {size}")
+                    said = size
                 done += len(figures)
                 yield figures
         except (RuntimeError, MemoryError) as error:
@@ -98,8 +101,7 @@ def evaluate_what_fits(model, sites, windows: Tensor, settings, asked: int | str
                 advice = "lower --seqlen, choose a smaller --dtype, or give the model more GPUs"
                 line = f"one window of seqlen {windows.shape[1]} runs out of memory on {devices_of(model)}: {advice}"
                 raise UserError(line) from error
-            size = max(1, int(0.9 * size))
-            notify(f"out of memory: going on with --batch_size {size}")
+            size = int(0.9 * size)
         else:
             size, is_probe = batch_size_for_memory(model) if is_probe else size, False
 

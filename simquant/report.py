@@ -143,10 +143,18 @@ def table(rows: Sequence[Mapping], columns: Mapping[str, tuple[str, str]]) -> st
     is_plain = {row["quantized"] for row in rows} <= {"keys and values", "nothing"}
     labels = ["dataset", "abits"] if is_plain else ["dataset", "quantized", "abits"]
     frame = pandas.DataFrame([[row[name] for name in labels] for row in rows], columns=labels)
-    for name, (_, form) in columns.items():
-        frame[name] = ["-" if row[name] is None else format(row[name], form) for row in rows]
-    frame.columns = [*labels, *(heading for heading, _ in columns.values())]
-    return frame.to_string(index=False, line_width=os.get_terminal_size().columns if sys.stdout.isatty() else None)
+    for name, (heading, form) in columns.items():
+        frame[heading] = ["-" if row[name] is None else format(row[name], form) for row in rows]
+    width = os.get_terminal_size().columns if sys.stdout.isatty() else 10**6
+    parts: list[str] = []
+    shown: list[str] = []
+    for heading, _ in columns.values():
+        if shown and frame[[*labels, *shown, heading]].to_string(index=False).index("\n") > width:
+            parts.append(frame[[*labels, *shown]].to_string(index=False))
+            shown = []
+        shown.append(heading)
+    parts.append(frame[[*labels, *shown]].to_string(index=False))
+    return "\n".join(parts)
 
 
 def comparison(run: Run, rows: Sequence[Mapping]) -> str:

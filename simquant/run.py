@@ -20,9 +20,10 @@ from simquant.notices import is_out_of_memory, notices_only, notify, one_line
 from simquant.parsing import decisive, plain_settings
 
 if TYPE_CHECKING:
-    from quant_utils import Setting, Site
+    from quant_utils import Setting
     from simquant.methods import Row
     from simquant.report import Run
+    from simquant.sites import PlacedSite
 
 SAVE_EVERY = 30  # seconds between two versions of --output while it is not complete
 ROUND = 64  # windows that each process measures before all exchange what they have
@@ -97,7 +98,7 @@ def begin(flags: Flags, given: Mapping[str, Any]) -> None:
     processes.gather([None])  # before anything that takes long
 
 
-def checked_sites(model, flags: Flags) -> list[Site]:
+def checked_sites(model, flags: Flags) -> list[PlacedSite]:
     """Return what a model caches. UserError if it is to be quantized and is not supported."""
     from simquant import sites
 
@@ -109,7 +110,7 @@ def checked_sites(model, flags: Flags) -> list[Site]:
     return found
 
 
-def settings_of(model, flags: Flags, stored: Mapping[str, Any] | None) -> tuple[list[Site], dict[Row, Setting]]:
+def settings_of(model, flags: Flags, stored: Mapping[str, Any] | None) -> tuple[list[PlacedSite], dict[Row, Setting]]:
     """Return (what a model caches, what the flags ask for, with the quantizers of a file's content if there is one)."""
     from simquant import quantizer_file
 
@@ -132,11 +133,11 @@ def evaluate(flags: Flags, given: Mapping[str, Any], stored: Mapping[str, Any] |
     found, settings = settings_of(shape, flags, stored)  # so that mistakes show before weights load
     if flags.plot_activations:
         plots.drawn_layer(narrowest(settings), flags.plot_layer)
-    if exported is not None and processes.index() == 0:
-        kvquant_file.export(exported, narrowest(settings))
     if flags.dry_run:
         describe.print_plan(flags, shape, found, settings, windows)
         return
+    if exported is not None and processes.index() == 0:
+        kvquant_file.export(exported, narrowest(settings))
     record = make_record(flags, shape, windows)
     known = report.load_unfinished(flags.output, record, decisive(flags)) if flags.resume and flags.output else {}
 

@@ -35,6 +35,10 @@ class PlacedSite(Site):
 
     place: Place = field(compare=False)
 
+    def given_by(self) -> str:
+        """Return words on the module: k_norm, or qkv_proj, block -2."""
+        return self.place.module + ("" if self.place.block is None else f", block {self.place.block}")
+
     def read(self, out: Tensor) -> Tensor:
         """See Site."""
         heads, block = self.place.heads, self.place.block
@@ -77,11 +81,6 @@ USUAL = {"keys": Place("k_proj"), "values": Place("v_proj")}
 NORMS = {"keys": r"(q?k|key)_(layer_?)?norm", "values": r"v(alue)?_norm"}  # names of norms behind a projection
 
 
-def module_name(site: Any) -> str:
-    """Return words on a site's module: k_norm, or qkv_proj, block -2."""
-    return site.place.module + ("" if site.place.block is None else f", block {site.place.block}")
-
-
 def projections(model) -> dict[str, nn.Module]:
     """Return {name: module} of what multiplies in the decoder, in model order: what has a 2-d weight or packs one."""
     decoder, found = set(model.get_decoder().modules()), {}
@@ -111,9 +110,10 @@ def channels_of(attention: nn.Module, projection: str, config) -> int:
     return heads * (getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 
 
-def find_sites(model) -> list[Site]:
+def find_sites(model) -> list[PlacedSite]:
     """Return all that model caches and we know of: the keys and values of every layer, in model order."""
-    config, sites = model.get_decoder().config, []
+    config = model.get_decoder().config
+    sites: list[PlacedSite] = []
     for layer, (name, attention, places) in enumerate(attention_layers(model)):
         for part, place in places.items():
             projection = USUAL[part].module
@@ -121,7 +121,7 @@ def find_sites(model) -> list[Site]:
             module = getattr(attention, place.module)
             at = getattr(attention, "layer_idx", None)
             sites.append(PlacedSite(layer if at is None else at, part, f"{name}.{projection}", module, channels, place))
-    return list(sites)
+    return sites
 
 
 def check_sites(model, sites: Sequence[Site]) -> None:
