@@ -27,11 +27,21 @@ EXAMPLES = """examples:
 """
 
 
+ELEMENTS = {"abits": (int, str), "skip_layers": (int,)}  # of a list in the quantizer file; else they are strings
+
+
+def is_alike(name: str, usual: object, value: object) -> bool:
+    """Return whether a flag's value in a file is of the type that its default tells."""
+    if isinstance(usual, list):
+        return isinstance(value, list) and all(type(each) in ELEMENTS.get(name, (str,)) for each in value)
+    return type(value) is type(usual) or (usual is None and type(value) is float)
+
+
 def with_stored(flags: CalibratedFlags, given: dict, stored: dict) -> CalibratedFlags:
     """Return flags with what the command line leaves out as the quantizer file says it. An error if they contradict."""
     path, usual = flags.quantizer_path, of_the_fit(CalibratedFlags(model=flags.model))
     for name, value in stored.items():
-        if name not in usual or type(value) not in {type(usual[name]), *([float] if usual[name] is None else [])}:
+        if name not in usual or not is_alike(name, usual[name], value):
             raise ArgumentTypeError(f"quantizer file {path!r} is damaged: its {name!r} is unknown, or of another type")
     stored = {name: tuple(value) if isinstance(value, list) else value for name, value in stored.items()}
     stored |= with_method(CalibratedFlags, {name: True for name in ("nf", "nuq") if stored.get(name)})  # version 2

@@ -9,6 +9,7 @@ import warnings
 import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
+from types import NoneType
 from typing import Any, NamedTuple
 
 import torch
@@ -66,6 +67,7 @@ def load(path: str) -> dict[str, Any]:
         with open(path, "rb"), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             data = read_ours(path) if zipfile.is_zipfile(path) else kvquant_file.read(path)
+        check_contents(data)
     except OSError as error:
         raise UserError(
             f"quantizer file {path!r} cannot be read ({error.strerror}): make it with --calibrate"
@@ -75,6 +77,19 @@ def load(path: str) -> dict[str, Any]:
         advice = "calibrate again, or get it again"
         raise UserError(f"quantizer file {path!r} is damaged, or holds more than data ({reason}): {advice}") from error
     return {**data, "path": path}
+
+
+def check_contents(data: Mapping[str, Any]) -> None:
+    """Raise UserError unless flags, model and names are of the types that they should be; KeyError if they lack."""
+    about, values = data["model"], [each if isinstance(each, list) else [each] for each in data["settings"].values()]
+    sound = {
+        "settings": all(type(each) in (bool, int, float, str, NoneType) for value in values for each in value),
+        "channels": all(type(each) in (int, NoneType) for each in about["channels"].values()),
+        "model": all(type(about[name]) in (str, NoneType) for name in ("name", "type")),
+        "quantizers": all(type(each) is str for each in data["quantizers"]),
+    }
+    if wrong := [name for name, is_sound in sound.items() if not is_sound]:
+        raise UserError(f"its {wrong[0]} are of another type")
 
 
 def read_ours(path: str) -> dict[str, Any]:
@@ -94,9 +109,8 @@ def read_ours(path: str) -> dict[str, Any]:
         if version == VERSION:
             made[name] = {bits: made_of(state) for bits, state in parts.items()}
         else:
-            made[name] = {
-                bits: scalar_parts(parts["lo"], parts["hi"], **each) for bits, each in parts["codebooks"].items()
-            }
+            lo, hi, codebooks = parts["lo"], parts["hi"], parts["codebooks"]
+            made[name] = {bits: scalar_parts(lo, hi, **each) for bits, each in codebooks.items()}
     return {**data, "quantizers": made, "model": {"type": None, **data["model"]}}
 
 
@@ -115,14 +129,14 @@ def fitted(data: Mapping, model_type: str, sites: Sequence[Site], settings: Mapp
         sides = f"a model of type {about['type']}, and this one is {model_type}"
         raise UserError(f"quantizer file {path!r} was calibrated for {sides}: calibrate again")
     here = {site.name: site.channels for site in sites}
-    for name in [*{site.name: None for setting in settings.values() for site in setting}, *quantizers]:
-        there = about["channels"].get(name) or (here.get(name, "no") if name in quantizers else "no")
+    for name in quantizers:
+        there = about["channels"].get(name) or here.get(name, "no")
         if there != here.get(name):
             origin = f"{path!r} was calibrated for {about['name'] or 'another model'}"
             has = f"it has {there} channels for {name}, this model has {here.get(name, 'none')}"
             raise UserError(f"quantizer file {origin}: {has}")
     return {
-        row: {site: stored(path, quantizers[site.name], site, plain) for site, plain in setting.items()}
+        row: {site: stored(path, quantizers.get(site.name, {}), site, plain) for site, plain in setting.items()}
         for row, setting in settings.items()
     }
 
@@ -130,9 +144,8 @@ def fitted(data: Mapping, model_type: str, sites: Sequence[Site], settings: Mapp
 def stored(path: str, known: Mapping, site: Site, plain: Any) -> Quantizer:
     """Return the quantizer of a site from what a file has for it by width; plain is the same, not fitted."""
     try:
-        found = known[
-            plain.bits if plain.bits in known or plain.levels == "nuq" else None
-        ]  # None: KVQuant's, no levels
+        has_levels = plain.bits in known or plain.levels == "nuq"
+        found = known[plain.bits if has_levels else None]  # KVQuant's own files may have ranges alone
         if not isinstance(found, Quantizer):
             found = replace(plain, **(found if plain.axis == "channel" else {**found, "lo": None, "hi": None}))
         found.quantize(torch.zeros(1, found.sinks + 1, site.channels), {})  # whether it fits so many channels
