@@ -73,7 +73,7 @@ def batch_size_for_memory(model) -> int:
 
 def reset_peak_memory() -> None:
     """Let batch_size_for_memory see what comes from here on."""
-    for device in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
+    for device in range(torch.cuda.device_count() if torch.cuda.is_initialized() else 0):
         torch.cuda.reset_peak_memory_stats(device)
 
 

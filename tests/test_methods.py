@@ -5,10 +5,10 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
-from conftest import DYNAMIC_SCRIPT, NANO, SAMPLE, assert_one_line_error, run_script
+from conftest import DYNAMIC_SCRIPT, NANO, SAMPLE, run_script
 from torch import nn
 
-from quant_utils import Quantized, Quantizer, ScalarQuantizer, Site, UserError
+from quant_utils import Quantized, Quantizer, Site, UserError
 from simquant.flags import CalibratedFlags, Flags
 from simquant.methods import METHODS, Method, Plan, Width
 
@@ -43,37 +43,18 @@ def test_keys_and_values_may_differ_in_width():
     }
 
 
-def test_each_part_shares_ranges_along_its_own_axis():
-    (setting,) = replace(PLAN, axes={"keys": "token", "values": "channel"}).settings(SITES).values()
-    assert {(site.part, quantizer.axis) for site, quantizer in setting.items()} == {
-        ("keys", "token"),
-        ("values", "channel"),
-    }
-    (row, setting), *_ = replace(PLAN, axes={"values": "token"}).settings(SITES).items()
-    assert row.quantized == "values" and {site.part for site in setting} == {"values"}
-
-
-@pytest.mark.parametrize(
-    ("skipped", "layers", "words"),
-    [
+def test_skipped_layers_stay_as_they_are_and_the_row_says_so():
+    for skipped, layers, words in (
         ((0,), {0}, "keys and values except layer 0"),
         ((-1, 0), {0, 3}, "keys and values except layers 0, 3"),
         ((3, -1), {3}, "keys and values except layer 3"),
         ((0, 1, 2, 3), {0, 1, 2, 3}, "nothing"),
-    ],
-)
-def test_skipped_layers_stay_as_they_are_and_the_row_says_so(skipped, layers, words):
-    plan = replace(PLAN, widths=(Width(16, 16), Width(4, 4)), skipped=skipped)
-    assert described(plan.settings(SITES)) == {
-        "abits 16, nothing": {},
-        f"abits 4, {words}": everywhere(4, 4, layers),
-    }
-
-
-@pytest.mark.parametrize("absent", [4, -5])
-def test_a_layer_that_is_not_there_cannot_be_skipped(absent):
-    with pytest.raises(UserError, match=f"--skip_layers {absent} .* 4 layers"):
-        replace(PLAN, skipped=(0, absent)).settings(SITES)
+    ):
+        found = described(replace(PLAN, skipped=skipped).settings(SITES))
+        assert found == {f"abits 4, {words}": everywhere(4, 4, layers)}
+    for absent in (4, -5):
+        with pytest.raises(UserError, match=f"--skip_layers {absent} .* 4 layers"):
+            replace(PLAN, skipped=(0, absent)).settings(SITES)
 
 
 def test_an_attribution_takes_the_width_apart_behind_the_unquantized_model():
@@ -87,13 +68,6 @@ def test_an_attribution_takes_the_width_apart_behind_the_unquantized_model():
         *((f"abits 4/2, layer {i}", {key: n for key, n in whole.items() if key[0] == i}) for i in range(LAYERS)),
     ]
     assert [row.layer for row in settings] == [None, None, None, None, 0, 1, 2, 3]
-
-
-def test_an_attribution_with_skipped_layers_has_no_row_for_them():
-    plan = replace(PLAN, widths=(Width(16, 16), Width(4, 4)), skipped=(1,), attribution=True)
-    rows = list(plan.settings(SITES))
-    assert [row.layer for row in rows if row.layer is not None] == [0, 2, 3]
-    assert rows[3].quantized == "keys and values except layer 1"
 
 
 def test_flags_become_fields_of_the_quantizers():
@@ -110,15 +84,6 @@ def test_flags_become_fields_of_the_quantizers():
     assert all(q.integer_zero and q.fisher is q.outliers is None and q.sinks == 0 for q in setting.values())
 
 
-def test_every_method_makes_the_quantizer_that_its_row_names():
-    for name, method in METHODS.items():
-        flags = (CalibratedFlags if method.calibrated else Flags)(model="m", kv_format=name)
-        (setting,) = flags.plan().settings(SITES).values()
-        assert {type(quantizer) for quantizer in setting.values()} == {method.cls()}
-        if method.cls() is ScalarQuantizer:
-            assert {quantizer.levels for quantizer in setting.values()} == {name}
-
-
 @dataclass(frozen=True)
 class Coarse(Quantizer):
     """Rounding to whole numbers: a format of another project, written as the README shows."""
@@ -126,26 +91,19 @@ class Coarse(Quantizer):
     bits: int = 4
 
     def quantize(self, x, taps=None):
-        """See Quantizer."""
         return Quantized(x.round())
 
     def cost(self, tokens, channels):
-        """See Quantizer."""
         return self.bits * tokens * channels
 
 
 def test_a_new_method_is_a_class_and_a_row(monkeypatch):
     monkeypatch.setitem(METHODS, "coarse", Method("whole numbers", "a test", f"{__name__}:Coarse"))
     (setting,) = replace(PLAN, method="coarse").settings(SITES).values()
-    assert all(
-        torch.equal(q.quantize(torch.full((1, 2, 8), 1.4)).values, torch.ones(1, 2, 8)) for q in setting.values()
-    )
+    assert all(q.quantize(torch.full((1, 2, 8), 1.4)).values.eq(1).all() for q in setting.values())
     sparse = Flags(model="m", include_sparse=True).plan()
     with pytest.raises(UserError, match="--include_sparse does not go with the method coarse"):
         replace(sparse, method="coarse").settings(SITES)
-
-
-# -- the same through a real run: llama3-nano has 6 layers, each of 128 channels of keys and 128 of values
 
 
 def test_bits_an_entry_are_those_that_one_counts_by_hand(tmp_path):
@@ -160,22 +118,4 @@ def test_bits_an_entry_are_those_that_one_counts_by_hand(tmp_path):
     assert row["key_bits"] == pytest.approx(keys, rel=1e-12) and row["value_bits"] == pytest.approx(values, rel=1e-12)
     assert row["avg_bits"] == pytest.approx((keys + values) / 2, rel=1e-12)
     assert row["cache_gib"] == pytest.approx(row["avg_bits"] * 2 * 6 * 128 * 131072 / 8 / 2**30, rel=1e-12)
-    assert row["delta_ppl"] > 0 and row["kl"] > 0
-    assert "keys and values except layers 0, 5" in process.stdout
-
-
-def test_a_part_in_neither_list_stays_unquantized(tmp_path):
-    text = (NANO, "--datasets", SAMPLE, "--seqlen", "64", "--limit", "1", "--output", tmp_path / "o.json")
-    figures = {}
-    for words in ("--abits 2 --pertoken --perchannel []", "--abits 16", "--abits 16/2", "--abits 2 --perchannel"):
-        process = run_script(DYNAMIC_SCRIPT, *text, *words.split())
-        assert process.returncode == 0, process.stderr
-        (row,) = json.loads((tmp_path / "o.json").read_text())["results"]
-        figures[words] = row["ppl"], row["quantized"]
-    none, baseline, values, same_values = figures.values()
-    assert none == baseline and values == same_values and values[1] == "values" and values[0] > baseline[0]
-
-
-def test_a_skipped_layer_beyond_the_model_is_an_error():
-    process = run_script(DYNAMIC_SCRIPT, NANO, "--datasets", SAMPLE, "--seqlen", "64", "--skip_layers", "6")
-    assert_one_line_error(process, "--skip_layers 6", "6 layers, counted from 0")
+    assert row["kl"] > 0 and row["quantized"] in process.stdout

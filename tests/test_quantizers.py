@@ -1,14 +1,14 @@
 """Every row of the matrix is fitted, saved, loaded, costed, batched, compiled, attached and detached."""
 
 import copy
-import functools
+import itertools
 
 import pytest
 import torch
 from default_quantizers import CALIBRATED, DATA_FREE, MATRIX, VARIANTS, activations, fitted, taps_for
 
 import quant_utils as qu
-from simquant import quantizer_file
+from simquant import quantizer_file, speed
 from simquant.methods import METHODS, Row
 from simquant.sites import find_sites
 
@@ -21,16 +21,15 @@ def given_back(quantizer, x):
     return quantizer.quantize(x, taps_for(quantizer, x))
 
 
+def plain_state(state):
+    """Return what state_of gives, with tensors as lists, so that == compares all of it."""
+    lists = {name: (str(value.dtype), value.tolist()) for name, value in state.items() if torch.is_tensor(value)}
+    return state | lists | {name: plain_state(value) for name, value in state.items() if isinstance(value, dict)}
+
+
 def assert_same(one, other):
     """Assert that two quantizers are the same, tensors bit for bit."""
-    one, other = quantizer_file.state_of(one), quantizer_file.state_of(other)
-    assert one.keys() == other.keys()
-    for name, value in one.items():
-        same = torch.equal(value, other[name]) if isinstance(value, torch.Tensor) else value == other[name]
-        assert same, name
-
-
-# -- the matrix itself
+    assert plain_state(quantizer_file.state_of(one)) == plain_state(quantizer_file.state_of(other))
 
 
 def test_the_matrix_has_every_method_and_every_option_of_the_scalar_quantizer():
@@ -39,9 +38,6 @@ def test_the_matrix_has_every_method_and_every_option_of_the_scalar_quantizer():
     scalar = [each for each in MATRIX.values() if type(each) is qu.ScalarQuantizer]
     for option in ("axis", "levels", "outliers", "cap", "sinks", "integer_zero", "q_norm", "fisher"):
         assert len({getattr(each, option) for each in scalar}) > 1, option
-
-
-# -- fitted
 
 
 @every_row
@@ -58,25 +54,19 @@ def test_sinks_take_no_part_in_a_fit(plain):
     assert_same(fitted(plain, x), fitted(plain, other))
 
 
-# -- saved and loaded
-
-
 @every_row
 def test_a_saved_quantizer_loads_as_the_same(plain, tmp_path):
     quantizer, row, path = fitted(plain), Row(4, "keys"), str(tmp_path / "fitted.pt")
     site = qu.Site(1, "keys", "layers.1.k_proj", torch.nn.Identity(), 32)
-    about = {"model": {"name": "m", "type": "llama", "channels": {site.name: 32}}}
+    about = {"model": {"name": "m", "type": "llama", "channels": {site.name: 32}}, "settings": {}}
     quantizer_file.save(path, {row: {site: quantizer}}, about)
     loaded = quantizer_file.load(path)["quantizers"][site.name][quantizer.bits]
     assert type(loaded) is type(quantizer)
     assert_same(loaded, quantizer)
     data = quantizer_file.load(path)
-    taken = quantizer_file.fitted(path, data, "llama", [site], {row: {site: plain}})[row][site]
+    taken = quantizer_file.fitted(data, "llama", [site], {row: {site: plain}})[row][site]
     x = activations(2, seed=5)
     assert torch.equal(given_back(taken, x).values, given_back(quantizer, x).values)
-
-
-# -- costed
 
 
 def scalar_bits(quantizer, tokens, channels):
@@ -111,9 +101,6 @@ def test_the_cost_grows_with_the_cache_and_tends_to_the_nominal_bits(quantizer):
     assert quantizer.bits <= (long - short) / (1000 * 1024) <= quantizer.bits + 2
 
 
-# -- batched; what stays exact
-
-
 @every_variant
 def test_a_batch_is_its_sequences_one_by_one(quantizer):
     x = activations(3, seed=2)
@@ -124,10 +111,9 @@ def test_a_batch_is_its_sequences_one_by_one(quantizer):
 
 
 @every_variant
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_shape_and_dtype_stay_and_everything_is_finite(quantizer, dtype):
-    shapes = (activations(1), torch.zeros(2, 5, 32), torch.full((1, 3, 32), 1e4), activations(2, tokens=1))
-    for x in shapes:
+def test_shape_and_dtype_stay_and_everything_is_finite(quantizer):
+    inputs = (activations(1), torch.zeros(2, 5, 32), torch.full((1, 3, 32), 1e4), activations(2, tokens=1))
+    for x, dtype in itertools.product(inputs, (torch.float32, torch.bfloat16, torch.float16)):
         given = given_back(quantizer, x.to(dtype))
         assert given.values.shape == x.shape and given.values.dtype == dtype and given.values.isfinite().all()
         assert given.outliers is None or (given.outliers.shape == x.shape and given.outliers.dtype == torch.bool)
@@ -164,9 +150,6 @@ def test_quantizing_twice_changes_nothing_more(quantizer):
         torch.testing.assert_close(twice, once, rtol=0, atol=1e-5)
 
 
-# -- compiled
-
-
 def all_given_back(x, quantizers):
     """Return what each quantizer gives back, as one graph computes it."""
     return [quantizer.quantize(x, taps_for(quantizer, x)) for quantizer in quantizers]
@@ -188,18 +171,18 @@ COMPILED = {
 
 
 @pytest.mark.parametrize("dtype", COMPILED)
-def test_kernels_and_eager_operations_quantize_alike(dtype):
+def test_kernels_and_eager_operations_quantize_alike(dtype, monkeypatch):
+    """With order statistics by counting, as on a GPU, where numbers have 16 bits."""
     x, cases = activations(2, seed=6).to(dtype), list(COMPILED[dtype].values())
     quantizers = [VARIANTS[case] for case in cases]
+    expected = all_given_back(x, quantizers)
+    monkeypatch.setattr(speed, "is_counted", lambda x: x.dtype != torch.float32)
     compiled = torch.compile(all_given_back, dynamic=False, fullgraph=True)(x, quantizers)
     ulp = {"rtol": torch.finfo(dtype).eps, "atol": x.abs().max().item() * torch.finfo(torch.float32).eps}
-    for case, ours, theirs in zip(cases, compiled, all_given_back(x, quantizers), strict=True):
+    for case, ours, theirs in zip(cases, compiled, expected, strict=True):
         assert (ours.outliers is None) == (theirs.outliers is None), case
         assert ours.outliers is None or torch.equal(ours.outliers, theirs.outliers), case
         torch.testing.assert_close(ours.values, theirs.values, **ulp)  # what cancels out has the range's ulp
-
-
-# -- attached and detached
 
 
 @pytest.fixture(scope="module")
@@ -211,25 +194,15 @@ def small(model):
     return small
 
 
-@pytest.fixture(scope="module")
-def calibrated(small, windows):
-    """Return the setting of a row of the matrix that is calibrated on both layers of the small model."""
-
-    @functools.cache
-    def setting(plain):
-        return qu.calibrate(small, windows[:2, :48], {"row": dict.fromkeys(find_sites(small), plain)})["row"]
-
-    return setting
-
-
 def hook_count(model):
     """Return how many forward hooks, and lists of taps for them, hang on a model."""
     return sum(len(each._forward_hooks) + hasattr(each, "kv_taps") for each in model.modules())
 
 
 @every_row
-def test_attached_it_changes_what_the_model_attends_to_and_detached_nothing(plain, small, calibrated, windows):
-    ids, setting, seen = windows[:2, :48], calibrated(plain), {}
+def test_attached_it_changes_what_the_model_attends_to_and_detached_nothing(plain, small, windows):
+    ids, seen = windows[:2, :48], {}
+    setting = qu.calibrate(small, ids, {"row": dict.fromkeys(find_sites(small), plain)})["row"]
 
     def watch(module, args, out):
         seen[module] = torch.nn.functional.linear(args[0], module.weight), out
@@ -246,16 +219,3 @@ def test_attached_it_changes_what_the_model_attends_to_and_detached_nothing(plai
         assert hook_count(small) == 2 * len(setting) == 8
         raise RuntimeError("inside")
     assert hook_count(small) == 0 and torch.equal(small(ids).logits, before)
-
-
-@every_row
-def test_it_is_measured_from_end_to_end(plain, small, calibrated, windows):
-    """The loss changes a little; bits are what the quantizer costs, and its outliers."""
-    sites, setting = find_sites(small), calibrated(plain)
-    (figures,) = qu.evaluate(small, sites, windows[:2, :48], [{}, setting], batch_size=2)
-    base, row = (dict(zip(qu.FIGURES, each, strict=True)) for each in figures.mean(0).tolist())
-    assert 0 < abs(row["nll"] - base["nll"]) < 0.5 and row["kl"] > 0 == base["kl"]
-    assert 0.5 < row["top1_agreement"] <= base["top1_agreement"] == 1
-    share = (row["key_bits"] - setting[sites[0]].cost(48, 128) / (48 * 128)) / qu.OUTLIER_BITS
-    most = getattr(plain, "cap", None) or getattr(plain, "outliers", None) or 0
-    assert -1e-9 <= share <= most + 0.06 and (share > 1e-3) == (most > 0)

@@ -1,9 +1,8 @@
 """What makes a GPU faster changes speed alone: figures are the same bits, and every hook runs."""
 
+import itertools
 import json
 import math
-import os
-import sys
 from contextlib import contextmanager
 
 import numpy as np
@@ -34,9 +33,6 @@ def halves(draw, size=70):
     return x * torch.randint(0, 2, x.shape, generator=generator).mul(2).sub(1).to(x.dtype)
 
 
-# -- order statistics by counting
-
-
 def assert_sorted(tails, x, rank, axis):
     """Assert that tails are what stands at rank and rank + 1 from either end of numpy's sorted x."""
     in_order = np.sort(x.double().numpy(), axis=axis)
@@ -61,32 +57,12 @@ def test_absent_entries_have_no_part_in_order_statistics(x, absent, rank):
 
 
 @pytest.mark.parametrize("size", [2**15 - 1, 2**15, 2**16 - 1, 2**16, 2**16 + 1])
-def test_counting_holds_for_long_texts(size):
-    x = torch.randn(size, 2).to(torch.bfloat16)
-    assert_sorted(speed.counted_tails(x, size // 200, 0), x, size // 200, 0)
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_ordered_keys_are_in_the_order_of_the_numbers_and_lead_back(dtype):
-    every = torch.arange(-(2**15), 2**15).short().view(dtype)
-    every = every[~every.isnan()]
-    key = speed.ordered_key(every)
-    assert torch.equal(speed.from_ordered_key(key, dtype).view(torch.int16), every.view(torch.int16))
-    assert len(key.unique()) == len(every) and key.min() >= 0 and key.max() < 2**16
-    assert (every[key.argsort()].double().diff() >= 0).all()
-
-
-def test_the_compiled_counting_finds_the_same():
-    x = torch.randn(2, 41, 32).to(torch.bfloat16)[:, 1:]
-
-    def tails(x):
-        return [speed.counted_tails(x, 2, axis) for axis in (-2, -1)]
-
-    for axis, compiled in zip((-2, -1), torch.compile(tails, dynamic=False, fullgraph=True)(x), strict=True):
-        assert_sorted(compiled, x, 2, axis)
-
-
-# -- what replaces the core's own definitions
+def test_counting_holds_for_long_texts_and_any_bits(size, dtype):
+    x = torch.randint(-(2**15), 2**15, (size, 2)).short().view(dtype)
+    x = x.masked_fill(x.isnan(), 1)
+    for rank in (0, size // 200, size // 2 - 1):
+        assert_sorted(speed.counted_tails(x, rank, 0), x, rank, 0)
 
 
 @contextmanager
@@ -125,16 +101,13 @@ def test_levels_found_step_by_step_are_those_of_a_search(bits, seed):
     assert_plain_and_faster_agree("decode_nearest", ties[~ties.isnan()], levels, levels * 1.1 + 0.01)
 
 
-def test_only_16_bit_numbers_on_a_gpu_are_counted():
-    """On meta, which stands for any device that is no CPU, nothing is computed."""
-    for device, dtype, expected in (
-        ("cpu", torch.bfloat16, False), ("meta", torch.bfloat16, True),
-        ("meta", torch.float16, True), ("meta", torch.float32, False),
-    ):  # fmt: skip
-        assert speed.is_counted(torch.empty(1, device=device, dtype=dtype)) is expected
-
-
 def test_every_quantizer_gives_the_same_bits_whatever_is_faster(monkeypatch):
+    devices = itertools.product(("cpu", "meta"), (torch.bfloat16, torch.float16, torch.float32))  # meta is no CPU
+    assert [speed.is_counted(torch.empty(1, device=d, dtype=t)) for d, t in devices] == [False] * 3 + [
+        True,
+        True,
+        False,
+    ]
     x = activations(2, seed=7).to(torch.bfloat16)
     with monkeypatch.context() as patch:
         patch.setattr(qu, "FASTER", {})
@@ -148,9 +121,6 @@ def test_every_quantizer_gives_the_same_bits_whatever_is_faster(monkeypatch):
     counted = fitted(scalar, x)
     monkeypatch.setattr(qu, "FASTER", {})
     assert torch.equal(counted.lo, fitted(scalar, x).lo) and torch.equal(counted.hi, fitted(scalar, x).hi)
-
-
-# -- a compiled model
 
 
 @pytest.fixture
@@ -167,11 +137,11 @@ def compiled_layers(model):
 
 def test_a_compiled_model_runs_every_hook_and_all_layers_share_a_graph(tiny):
     ids, sites, options = torch.randint(64, (3, 24)), find_sites(tiny), {"bits": 2, "outliers": 0.01, "sinks": 1}
-    made = {"keys": qu.ScalarQuantizer("channel", **options), "values": qu.ScalarQuantizer("token", **options)}
-    finer = {part: qu.ScalarQuantizer(each.axis, levels="nf", **options) for part, each in made.items()}
-    whole = {site: made[site.part] for site in sites}
-    keys = {site: each for site, each in whole.items() if site.part == "keys"}
-    every = ({}, whole, keys, {site: finer[site.part] for site in sites})  # the unquantized model's graph comes first
+    axes, made = {"keys": "channel", "values": "token"}, {}
+    for levels in ("uniform", "nf"):
+        made[levels] = {site: qu.ScalarQuantizer(axes[site.part], levels=levels, **options) for site in sites}
+    keys = {site: each for site, each in made["uniform"].items() if site.part == "keys"}
+    every = ({}, made["uniform"], keys, made["nf"])  # the unquantized model's graph comes first
     eager = measured(tiny, ids, *every)
     torch._dynamo.reset()
     graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
@@ -193,20 +163,11 @@ def test_the_layers_that_hold_attention_are_compiled_and_no_longer_after_the_blo
     assert speed.decoder_layers(tiny) == list(tiny.model.layers)
     with speed.compiled(tiny, enabled=False):
         assert not any(compiled_layers(tiny))
-    with pytest.raises(KeyError), speed.compiled(tiny):
-        assert all(compiled_layers(tiny))
-        raise KeyError
-    assert not any(compiled_layers(tiny))
-
-
-def test_layers_that_the_compiler_refuses_are_an_error_of_one_line(tiny):
-    line = r"^the decoder layers do not compile \(.*give --compile off$"
+    line = r"^the decoder layers do not compile \(Unsupported: a graph break\b.*give --compile off$"
     with pytest.raises(speed.CompilationError, match=line), speed.compiled(tiny):
+        assert all(compiled_layers(tiny))
         raise torch._dynamo.exc.Unsupported("a\ngraph break")
     assert not any(compiled_layers(tiny))
-
-
-# -- the flag --compile
 
 
 def test_auto_compiles_on_a_gpu_where_the_compiler_works(monkeypatch):
@@ -228,27 +189,16 @@ def test_auto_compiles_on_a_gpu_where_the_compiler_works(monkeypatch):
         speed.is_to_compile("on", cpu)
 
 
-def test_without_a_c_compiler_on_is_one_line(tmp_path):
-    missing = {"CXX": str(tmp_path / "none"), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path), "PATH": str(tmp_path)}
-    flags = (*SHORT, "--limit", "1", "--compile", "on")
-    process = run_script(DYNAMIC_SCRIPT, NANO, *flags, env={**missing, "HOME": os.environ.get("HOME", "")})
-    assert_one_line_error(process, "torch.compile fails", "--compile off")
-    assert sys.executable not in process.stderr
-
-
-@pytest.mark.parametrize("asked", ["auto", "on"])
-def test_layers_that_do_not_compile_are_measured_without_if_auto_chose_to(tmp_path, asked):
+def test_layers_that_do_not_compile_are_measured_without_if_auto_chose_to(tmp_path):
     """The compiler works, as its trial shows, but not on these layers."""
     body = (
         "from simquant import speed\nspeed.is_to_compile = lambda *_: True\nwhole = speed.compiled\n"
         "def fail(model, enabled=True):\n    if enabled: raise speed.CompilationError('no graph')\n"
         "    return whole(model, False)\nspeed.compiled = fail"
     )
-    flags = (*SHORT, "--limit", "2", "--compile", asked, "--output", tmp_path / "o.json")
-    process = run_script(driver(tmp_path, body), DYNAMIC_SCRIPT, NANO, *flags)
-    if asked == "on":
-        assert_one_line_error(process, "no graph")
-        return
+    script, flags = (driver(tmp_path, body), DYNAMIC_SCRIPT, NANO), (*SHORT, "--limit", "2", "--compile")
+    assert_one_line_error(run_script(*script, *flags, "on"), "no graph")
+    process = run_script(*script, *flags, "auto", "--output", tmp_path / "o.json")
     assert process.returncode == 0 and process.stderr == "warning: --compile auto: off, because no graph\n"
     report = json.loads((tmp_path / "o.json").read_text())
     assert report["settings"]["compile"] == "off" and report["results"][0]["windows"] == 2
