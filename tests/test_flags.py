@@ -58,8 +58,7 @@ def refused(parsed, capsys):
         with pytest.raises(SystemExit) as stop:
             parsed(cls, *words)
         out, err = capsys.readouterr()
-        assert stop.value.code == 2 and out == "" and err.count("\n") == 1, (out, err)
-        assert err.startswith("kvquant_x.py: error: ")
+        assert stop.value.code == 2 and out == "" and re.fullmatch("kvquant_x.py: error: .*\n", err), (out, err)
         return err
 
     return answer
@@ -136,7 +135,6 @@ def test_the_short_forms_of_a_method_and_its_name_say_the_same(parsed):
     ("words", "said"),
     [
         ("--abits 1", "--abits.*'1'.*2 to 8, 16"),
-        ("--abits 4,3,9", "'9'"),
         ("--abits 4,3,4", "4 stands there more than once"),
         ("--kv_format nuq", "kv_format nuq.*kvquant_llama3_simquant.py"),
         ("--nf --kv_format uniform", "nf and uniform are two methods"),

@@ -65,6 +65,13 @@ def test_counting_holds_for_long_texts_and_any_bits(size, dtype):
         assert_sorted(speed.counted_tails(x, rank, 0), x, rank, 0)
 
 
+def test_the_compiled_counting_finds_the_same():
+    x = torch.randn(2, 41, 32).to(torch.bfloat16)[:, 1:]
+    both = torch.compile(lambda x: [speed.counted_tails(x, 2, axis) for axis in (-2, -1)], fullgraph=True)(x)
+    for axis, tails in zip((-2, -1), both, strict=True):
+        assert_sorted(tails, x, 2, axis)
+
+
 @contextmanager
 def as_on_a_gpu():
     """Let order statistics be counted, and levels be found step by step, on a CPU and without a compiler too."""
