@@ -10,10 +10,10 @@ from simquant import memory, models, texts
 from simquant.sites import PlacedSite
 
 
-def print_settings(model, flags, settings: Mapping[Any, Setting]) -> None:
+def print_settings(model, config, flags, settings: Mapping[Any, Setting]) -> None:
     """Print below the tables what was measured, on which text, quantized how."""
     attention, where = model.config._attn_implementation, memory.devices_of(model)
-    line = f"{models.dtype_of(model)} on {where}, {attention} attention{models.weights_line(model.config)}"
+    line = f"{models.dtype_of(model)} on {where}, {attention} attention{models.weights_line(config)}"
     print(f"\n{flags.model}: {line}, windows of {flags.seqlen} tokens")
     for dataset in flags.datasets:
         print(f"{dataset}: {texts.ABOUT.get(dataset, texts.ABOUT_FILES)}")

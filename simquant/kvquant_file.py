@@ -73,8 +73,8 @@ class TensorUnpickler(pickle.Unpickler):
 
 
 def plain(value: object) -> Tensor:
-    """Return the fp32 tensor that a pickled tensor, array or number stands for."""
-    return torch.as_tensor(value.value if isinstance(value, PickledArray) else value).float()
+    """Return the tensor that a pickled tensor, array or number stands for."""
+    return torch.as_tensor(value.value if isinstance(value, PickledArray) else value)
 
 
 def read(path: str) -> dict[str, Any]:
@@ -92,12 +92,12 @@ def read(path: str) -> dict[str, Any]:
     quantizers: dict[str, dict] = {}
     widths, settings = {}, dict[str, Any]()
     for name, (upper, lower, *rest) in published.items():
-        upper, lower = plain(upper), plain(lower)
+        upper, lower = plain(upper).float(), plain(lower).float()
         widths[name] = upper.numel() if len(upper) == 1 else None
         parts: dict[str, Any] = {"lo": lower.flatten(), "hi": upper.flatten()}
         bits, settings = None, {"nuq": bool(rest), "norm": len(rest) == 3}
         if rest:
-            parts["codebook"] = plain(rest[0][0]).flatten().sort().values
+            parts["codebook"] = plain(rest[0][0]).float().flatten().sort().values
             bits = len(parts["codebook"]).bit_length() - 1
             settings["abits"] = [bits]
         if len(rest) == 3:

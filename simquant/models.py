@@ -9,6 +9,7 @@ import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from copy import deepcopy
 from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -92,7 +93,7 @@ def skeleton(flags, config) -> PreTrainedModel:
     with loading(f"model {flags.model!r}"), torch.device("meta"):
         how = choices(flags, config)
         how["dtype"] = None if how["dtype"] == "auto" else how["dtype"]
-        model = AutoModelForCausalLM.from_config(config, **how)
+        model = AutoModelForCausalLM.from_config(deepcopy(config), **how)
     return model.eval().requires_grad_(False)
 
 
@@ -136,7 +137,7 @@ def load_model(flags, config) -> PreTrainedModel:
     with loading(f"model {flags.model!r}"):
         if (place := placement(flags, config)) != "auto" and torch.device(place).type == "cuda":
             torch.cuda.set_device(place)
-        how: dict[str, Any] = {"config": config, "device_map": place, "output_loading_info": True}
+        how: dict[str, Any] = {"config": deepcopy(config), "device_map": place, "output_loading_info": True}
         loaded: Any = AutoModelForCausalLM.from_pretrained(flags.model, **how, **choices(flags, config))
         model, found = loaded
     if missing := sorted(found["missing_keys"]):

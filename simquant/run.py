@@ -150,7 +150,7 @@ def evaluate(flags: Flags, given: Mapping[str, Any], stored: Mapping[str, Any] |
     on_signals(stop)
     failure = measure_compiled(model, run, settings, flags, record)
     if processes.index() == 0:
-        describe.print_settings(model, flags, settings)
+        describe.print_settings(model, config, flags, settings)
         plots.draw(flags, model, run, narrowest(settings))
     if failure is not None:
         raise failure
