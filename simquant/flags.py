@@ -49,7 +49,7 @@ class QuantizationFlags:
         (Width(4, 4),), "bits an entry: 2 to 8, 16 for no quantization, 4/2 for keys/values; a comma list measures all",
         parsing.width_list, metavar="BITS",
     )  # fmt: skip
-    kv_format: str = flag("uniform", f"the method: {', '.join(METHODS)}", tuple(METHODS), metavar="NAME")
+    kv_format: str = flag("uniform", "the method, by its name in the README", tuple(METHODS), metavar="NAME")
     nf: bool = flag(False, "short for --kv_format nf: NormalFloat levels instead of uniform ones")
     perchannel: tuple[str, ...] = listed(("k_proj",), "which of k_proj and v_proj have one scale per channel")
     pertoken: tuple[str, ...] = listed(("v_proj",), "which of k_proj and v_proj have one scale per token")

@@ -152,8 +152,10 @@ def make_parser(cls: Any, description: str | None, epilog: str) -> Parser:
     for group in cls.groups:
         add = parser.add_argument_group(group.__doc__).add_argument
         for name, each in flag_fields(group).items():
-            default = "" if each.default is False else f" (default: {shown(each.default)})"
-            add(f"--{name}", **each.metadata["how"], help=each.metadata["help"] + default)
+            text, how = each.metadata["help"], each.metadata["how"]
+            text += f": {', '.join(how['choices'])}" if {"choices", "metavar"} <= set(how) else ""
+            text += "" if each.default is False else f" (default: {shown(each.default)})"
+            add(f"--{name}", **how, help=text)
     return parser
 
 

@@ -27,6 +27,7 @@ CALIBRATED = {
     "fisher as the code": {"fisher": "code", "outliers": 0.05, "sinks": 1},
 }
 OPTIONS = DATA_FREE | CALIBRATED
+CHANNELS = 64  # which blocks and groups divide
 WIDTHS = (4, 3, 2, 8, 6, 5, 7)  # a row takes the first that its format has
 
 
@@ -64,7 +65,7 @@ def taps_for(quantizer, x):
     return {source: SimpleNamespace(values=0.9 * x + 0.1 * x.roll(1, -1)) for source in quantizer.sources}
 
 
-def activations(windows, tokens=40, channels=32, seed=0):
+def activations(windows, tokens=40, channels=CHANNELS, seed=0):
     """Return [N,T,C] of channels that differ in place and spread, with some entries far outside."""
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(windows, tokens, channels, generator=generator)
