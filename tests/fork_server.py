@@ -41,8 +41,8 @@ def measured_coverage():
         return None
     from coverage import Coverage
 
-    packages = ["quant_utils", "simquant", "kvquant_simquant_ppl_eval", "kvquant_llama3_simquant"]
-    coverage = Coverage(f"{folder}/.coverage", data_suffix=True, source_pkgs=packages)
+    files = [f"{folder}/{name}" for name in ("quant_utils.py", "simquant/*", "kvquant_*.py")]
+    coverage = Coverage(f"{folder}/.coverage", data_suffix=True, include=files, config_file=False)
     coverage.start()
     return coverage
 
