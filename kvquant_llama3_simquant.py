@@ -17,6 +17,7 @@ from dataclasses import replace
 
 from simquant import processes, run
 from simquant.flags import CalibratedFlags, checked, of_the_fit, parse, with_method
+from simquant.methods import METHODS, PROJECTIONS
 from simquant.parsing import width_list
 
 EXAMPLES = """examples:
@@ -27,13 +28,15 @@ EXAMPLES = """examples:
 """
 
 
-ELEMENTS = {"abits": (int, str), "skip_layers": (int,)}  # of a list in the quantizer file; else they are strings
-
-
 def is_alike(name: str, usual: object, value: object) -> bool:
-    """Return whether a flag's value in a file is of the type that its default tells."""
+    """Return whether a flag's value in a file is one that the flag can have, or of its default's type."""
+    if name == "kv_format":
+        return value in list(METHODS)
+    if name in ("perchannel", "pertoken"):
+        return isinstance(value, list) and all(each in list(PROJECTIONS) for each in value)
     if isinstance(usual, list):
-        return isinstance(value, list) and all(type(each) in ELEMENTS.get(name, (str,)) for each in value)
+        kinds = (int, str) if name == "abits" else (int,)
+        return isinstance(value, list) and all(type(each) in kinds for each in value)
     return type(value) is type(usual) or (usual is None and type(value) is float)
 
 

@@ -36,7 +36,8 @@ class PickledDtype:
 
     def array(self, content: bytes, shape: tuple = (), order: Any = "C") -> np.ndarray:
         """Return a new array of content's numbers."""
-        return np.frombuffer(content, np.dtype(self.code)).reshape(shape, order=order).copy()
+        numbers = np.frombuffer(content, np.dtype(self.code)).reshape(shape, order=order)
+        return numbers.astype(numbers.dtype.newbyteorder("="))  # torch takes no other byte order
 
 
 class PickledArray:

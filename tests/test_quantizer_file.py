@@ -194,6 +194,13 @@ def test_parts_that_make_no_quantizer_are_refused(saved, found, old_layout, tmp_
             read(tmp_path / "odd.pkl", found)
 
 
+def test_a_file_of_a_method_that_this_program_lacks_is_refused(saved, found, tmp_path):
+    data = torch.load(saved, weights_only=True)
+    torch.save(data | {"settings": data["settings"] | {"nuq": False, "kv_format": "newer"}}, tmp_path / "q.pkl")
+    with pytest.raises((qu.UserError, ArgumentTypeError), match="newer"):
+        read(tmp_path / "q.pkl", found)
+
+
 odd = [None, True, 0, -1.0, 16, 10**400, "", "k_proj", b"", [], [4.0], ["x"], {}, {"a": 1}, (), math.nan, "nf"]
 odd += [torch.zeros(0), torch.zeros(8), torch.zeros(2, 2), torch.tensor(math.nan)]
 
