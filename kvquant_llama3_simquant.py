@@ -45,7 +45,9 @@ def with_stored(flags: CalibratedFlags, given: dict, stored: dict) -> Calibrated
     path, usual = flags.quantizer_path, of_the_fit(CalibratedFlags(model=flags.model))
     for name, value in stored.items():
         if name not in usual or not is_alike(name, usual[name], value):
-            raise ArgumentTypeError(f"quantizer file {path!r} is damaged: its {name!r} is unknown, or of another type")
+            raise ArgumentTypeError(
+                f"quantizer file {path!r}: its {name} is {str(value)[:40]!r}, which is not known here"
+            )
     stored = {name: tuple(value) if isinstance(value, list) else value for name, value in stored.items()}
     stored |= with_method(CalibratedFlags, {name: True for name in ("nf", "nuq") if stored.get(name)})  # version 2
     if "abits" in stored:

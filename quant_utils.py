@@ -418,6 +418,8 @@ class ScalarQuantizer(Quantizer):
         if self.outliers is not None:
             cap = "" if self.cap is None else f" (at most {self.cap:g} of a token)"
             parts.append(f"outliers exact (sparsity threshold {1 - self.outliers:g}){cap}")
+        if self.q_norm:
+            parts.append("Q-Norm")
         if self.sinks:
             parts.append(f"first {self.sinks} {'tokens' if self.sinks > 1 else 'token'} exact")
         return ", ".join(parts)

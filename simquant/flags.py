@@ -94,7 +94,7 @@ class OutputFlags:
         None, "draw a layer's keys and values before and after quantization", picture, metavar="FILE"
     )
     plot_layer: int | None = on_output(
-        None, "the layer that this draws; else the middle one", count(least=0), metavar="N"
+        None, "layer of --plot_activations; else the middle one", count(least=0), metavar="N"
     )
     quiet: bool = flag(False, "no progress bar, even on a terminal", decides=False)
     dry_run: bool = flag(False, "print sites, settings, windows and sizes, and stop; load no weights", decides=False)
@@ -109,9 +109,7 @@ class CalibrationFlags:
     export_kvquant: str | None = flag(None, "also write the quantizers as KVQuant does", decides=False, metavar="FILE")
     nuq: bool = flag(False, "short for --kv_format nuq: levels fitted by k-means (KVQuant)")
     fisher: bool = flag(False, "with --nuq, weigh the fit by Fisher information")
-    fisher_weighting: str = flag(
-        "paper", "by it times the squared range (paper), or it alone (code)", ("paper", "code")
-    )
+    fisher_weighting: str = flag("paper", "Fisher information times the squared range, or alone", ("paper", "code"))
     norm: bool = flag(False, "Q-Norm: decoded levels keep mean and standard deviation")
     clamp: bool = flag(False, "uniform levels with an integer zero point")
     cap_outliers: float | None = flag(
@@ -119,7 +117,7 @@ class CalibrationFlags:
     )
     calib_dataset: str = flag("wikitext2", "wikitext2, c4 or a text file", parsing.text_name, metavar="NAME")
     nsamples: int = flag(16, "calibration windows of --seqlen tokens", count(least=1, most=10**6), metavar="N")
-    seed: int = flag(0, "seed of the places where these are cut", count(least=0, most=2**63 - 1), metavar="N")
+    seed: int = flag(0, "seed of the places of calibration windows", count(least=0, most=2**63 - 1), metavar="N")
 
 
 @dataclass(frozen=True)

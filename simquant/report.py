@@ -140,7 +140,7 @@ def table(rows: Sequence[Mapping], columns: Mapping[str, tuple[str, str]]) -> st
     """Return a line of text for every row; a terminal that is too narrow gets the columns in several parts."""
     import pandas
 
-    is_plain = {row["quantized"] for row in rows} <= {"keys and values", "nothing"}
+    is_plain = all(row["quantized"] == "keys and values" or row["abits"] == 16 for row in rows)
     labels = ["dataset", "abits"] if is_plain else ["dataset", "quantized", "abits"]
     frame = pandas.DataFrame([[row[name] for name in labels] for row in rows], columns=labels)
     for name, (heading, form) in columns.items():
