@@ -79,6 +79,7 @@ def counted_tails(x: Tensor, rank: int, axis: int, absent: int = 0) -> Tails:
     guard if what is subtracted is no larger.
     """
     total, key = x.shape[axis], ordered_key(x)
+    key = key.masked_fill(x.isnan(), 2**16 - 1) if absent else key  # a compiler may give a nan either sign
     half, whole = (16, torch.int32) if total < 2**16 else (32, torch.int64)
     one, mask = 1 + 2**half, 2**half - 1  # in each half a 1; the lower half
     guards = one * 2**15 - (2**32 if half == 16 else 0)  # the upper one is the sign of an int32
