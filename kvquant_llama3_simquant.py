@@ -16,7 +16,8 @@ from argparse import ArgumentTypeError
 from dataclasses import replace
 
 from simquant import processes, run
-from simquant.flags import CalibratedFlags, checked, of_the_fit, parse, with_method
+from simquant.calibrated_flags import CalibratedFlags, of_the_fit
+from simquant.flags import checked, parse, with_method
 from simquant.methods import METHODS, PROJECTIONS
 from simquant.parsing import width_list
 

@@ -10,13 +10,15 @@ from typing import Any, ClassVar, TypeVar
 
 from simquant import parsing, processes
 from simquant.methods import BASELINE, METHODS, PROJECTIONS, Plan, Width
-from simquant.parsing import flag, flag_fields, fraction, plain_settings
+from simquant.parsing import flag, flag_fields, fraction
+from simquant.tables import USUAL
 
 on_output = partial(flag, decides=False, with_calibrate="refused")
 on_text = partial(flag, with_calibrate="unused")
 listed = partial(flag, nargs="*", action=parsing.Projections, metavar="NAME")
 count = partial(partial, parsing.number)
 device = partial(parsing.matching, pattern=r"auto|cpu|cuda(:[0-9]{1,2})?", words="auto, cpu, cuda or cuda:N")
+report_file = partial(parsing.matching, pattern=r"(?i).*\.(json|csv)", words="a file that ends in .json or .csv")
 picture = partial(parsing.matching, pattern=r"(?i).*\.(png|svg)", words="a file that ends in .png or .svg")
 DTYPES = ("auto", "float16", "bfloat16", "float32")
 ATTENTIONS = ("auto", "sdpa", "eager", "flash_attention_2")
@@ -33,6 +35,7 @@ class ModelFlags:
     device: str = flag(
         "auto", "auto: the first GPU, or all for a larger model; cuda, cuda:1, cpu", device, decides=False
     )
+    revision: str | None = flag(None, "branch, tag or commit of a hub model; ID@REVISION says the same", metavar="REV")
     attn_implementation: str = flag(
         "auto", "auto: flash_attention_2 if installed, else the model's own choice", ATTENTIONS
     )
@@ -72,8 +75,13 @@ class TextFlags:
     """text"""
 
     datasets: tuple[str, ...] = on_text(
-        ("wikitext2",), "comma list of wikitext2, c4, and .txt, .jsonl or .parquet files (column text)",
+        ("wikitext2",), "comma list of wikitext2, c4, c4=FILE, .txt, .json, .jsonl and .parquet files, folders of them",
         parsing.dataset_list, metavar="LIST",
+    )  # fmt: skip
+    text_column: str = flag("text", "which field of .json, .jsonl and .parquet files is the text", metavar="NAME")
+    bos: str = flag(
+        "auto", "BOS at the start of the text alone, or of every window; auto: as the model needs it",
+        ("auto", "text", "window"),
     )  # fmt: skip
     seqlen: int = flag(2048, "tokens a window", count(least=2), metavar="N")
     limit: int = on_text(512, "at most this many windows of each text", count(least=1), metavar="N")
@@ -86,8 +94,14 @@ class TextFlags:
 class OutputFlags:
     """output"""
 
-    output: str | None = on_output(None, "write settings and results as JSON, or the table as .csv", metavar="FILE")
+    output: str | None = on_output(
+        None, "write settings and results as .json, or the table as .csv", report_file, metavar="FILE"
+    )
     resume: bool = on_output(False, "go on with the interrupted run whose JSON --output names")
+    overwrite: bool = flag(False, "replace what an output file holds, even figures of an unfinished run", decides=False)
+    columns: tuple[str, ...] = on_output(
+        USUAL, "comma list of figures to print; all of them are in --output", parsing.column_list, metavar="LIST"
+    )
     report_context: int = on_output(131072, "tokens of the cache whose size is reported", count(least=1), metavar="N")
     plot: str | None = on_output(None, "draw the sweep or the attribution as .png or .svg", picture, metavar="FILE")
     plot_activations: str | None = on_output(
@@ -98,26 +112,6 @@ class OutputFlags:
     )
     quiet: bool = flag(False, "no progress bar, even on a terminal", decides=False)
     dry_run: bool = flag(False, "print sites, settings, windows and sizes, and stop; load no weights", decides=False)
-
-
-@dataclass(frozen=True)
-class CalibrationFlags:
-    """calibration"""
-
-    calibrate: bool = flag(False, "fit quantizers and save them; without it, evaluate saved ones", decides=False)
-    quantizer_path: str | None = flag(None, "the quantizer file, ours or KVQuant's own", decides=False, metavar="FILE")
-    export_kvquant: str | None = flag(None, "also write the quantizers as KVQuant does", decides=False, metavar="FILE")
-    nuq: bool = flag(False, "short for --kv_format nuq: levels fitted by k-means (KVQuant)")
-    fisher: bool = flag(False, "with --nuq, weigh the fit by Fisher information")
-    fisher_weighting: str = flag("paper", "Fisher information times the squared range, or alone", ("paper", "code"))
-    norm: bool = flag(False, "Q-Norm: decoded levels keep mean and standard deviation")
-    clamp: bool = flag(False, "uniform levels with an integer zero point")
-    cap_outliers: float | None = flag(
-        None, "at most this fraction of a token's keys stays exact", fraction, metavar="F"
-    )
-    calib_dataset: str = flag("wikitext2", "wikitext2, c4 or a text file", parsing.text_name, metavar="NAME")
-    nsamples: int = flag(16, "calibration windows of --seqlen tokens", count(least=1, most=10**6), metavar="N")
-    seed: int = flag(0, "seed of the places of calibration windows", count(least=0, most=2**63 - 1), metavar="N")
 
 
 @dataclass(frozen=True)
@@ -173,54 +167,7 @@ class Flags(OutputFlags, TextFlags, QuantizationFlags, ModelFlags):
         return ["--sparsity_threshold has no effect without --include_sparse"] * is_vain
 
 
-@dataclass(frozen=True)
-class CalibratedFlags(CalibrationFlags, Flags):
-    """The flags of the calibrated script."""
-
-    groups = (*Flags.groups, CalibrationFlags)
-
-    def refusals(self, given: Mapping[str, Any]) -> dict[str, bool]:
-        """See Flags."""
-        refused = [name for name in given if with_calibrate(name) == "refused"]
-        return super().refusals(given) | {
-            "--fisher weighs the fit of a NUQ codebook: add --nuq, or leave it out":
-                self.fisher and self.kv_format != "nuq",
-            f"--clamp rounds the zero point of uniform levels, and {self.kv_format} has none":
-                self.clamp and self.kv_format != "uniform",
-            "--cap_outliers caps nothing without --include_sparse and --perchannel":
-                self.cap_outliers is not None and not (self.include_sparse and self.perchannel),
-            "--export_kvquant writes one width: give one in --abits":
-                self.export_kvquant is not None and len({*self.abits} - {BASELINE}) != 1,
-            f"--{' --'.join(refused)} is for an evaluation: leave it out with --calibrate":
-                self.calibrate and bool(refused),
-            "--calibrate has nothing to fit at 16 bits, or without --perchannel and --pertoken":
-                self.calibrate and (BASELINE in self.abits or not self.quantizes()),
-            "--quantizer_path FILE is missing: where --calibrate saves to, or saved to":
-                self.quantizer_path is None and (self.calibrate or self.quantizes()),
-        }  # fmt: skip
-
-    def options(self) -> dict[str, tuple[str, Any]]:
-        """See Flags."""
-        fisher = self.fisher_weighting if self.fisher else None
-        more: dict[str, tuple[str, Any]] = {"--clamp": ("integer_zero", self.clamp), "--norm": ("q_norm", self.norm)}
-        more |= {"--cap_outliers": ("cap", self.cap_outliers), "--fisher": ("fisher", fisher)}
-        return super().options() | {flag: option for flag, option in more.items() if option[1]}
-
-    def vain(self, given: Mapping[str, Any]) -> list[str]:
-        """See Flags."""
-        unused = [name for name in given if self.calibrate and with_calibrate(name) == "unused"]
-        found = super().vain(given) + [f"--{name} has no effect with --calibrate" for name in unused]
-        is_vain = "fisher_weighting" in given and not self.fisher
-        return found + ["--fisher_weighting has no effect without --fisher"] * is_vain
-
-
 AnyFlags = TypeVar("AnyFlags", bound=Flags)
-
-
-def with_calibrate(name: str) -> str:
-    """Return what --calibrate does with a flag: used, refused or unused."""
-    known = flag_fields(CalibratedFlags)
-    return known[name].metadata["with_calibrate"] if name in known else "used"
 
 
 def parse(cls: type[AnyFlags], description: str | None, epilog: str) -> tuple[AnyFlags, dict[str, Any]]:
@@ -249,10 +196,3 @@ def with_method(cls: type[Flags], given: Mapping[str, Any]) -> dict[str, Any]:
         raise ArgumentTypeError(f"{' and '.join(names)} are two methods: give one of --nf, --nuq and --kv_format")
     short: dict[str, Any] = {name: name == names[0] for name in ("nf", "nuq") if names and name in flag_fields(cls)}
     return {**given, **short, **({"kv_format": names[0]} if names else {})}
-
-
-def of_the_fit(flags: CalibratedFlags) -> dict[str, Any]:
-    """Return {flag: value} of all that decides a fit: what the quantizer file holds."""
-    settings = plain_settings(flags) | {"abits": [width.label for width in flags.abits]}
-    known = flag_fields(QuantizationFlags) | flag_fields(CalibrationFlags)
-    return {n: settings[n] for n, f in known.items() if f.metadata["decides"] and with_calibrate(n) == "used"}

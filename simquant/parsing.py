@@ -13,6 +13,7 @@ from typing import Any
 from simquant import processes
 from simquant.methods import BASELINE, PROJECTIONS, UNQUANTIZED, Width
 from simquant.notices import one_line
+from simquant.tables import COLUMNS
 
 VERSION = "2.0"
 DATASETS = ("wikitext2", "c4")
@@ -111,6 +112,14 @@ def layer_list(text: str) -> tuple[int, ...]:
     """Parse layers between commas, counted from 0, or from -1 at the end."""
     layer = r"\s*-?[0-9]{1,6}\s*"
     return tuple(int(word) for word in matching(text, f"{layer}(,{layer})*", "layers such as 0,1,-1").split(","))
+
+
+def column_list(text: str) -> tuple[str, ...]:
+    """Parse names of figures between commas, or all."""
+    names = tuple(COLUMNS) if text == "all" else tuple(dict.fromkeys(name.strip() for name in text.split(",")))
+    if unknown := [name for name in names if name not in COLUMNS]:
+        raise ArgumentTypeError(f"unknown figure {unknown[0]!r}: give all, or some of {', '.join(COLUMNS)}")
+    return names
 
 
 class Projections(argparse.Action):

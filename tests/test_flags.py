@@ -7,9 +7,11 @@ import sys
 import pytest
 from conftest import ROOT, SAMPLE
 
-from simquant.flags import CalibratedFlags, Flags, of_the_fit, parse
+from simquant.calibrated_flags import CalibratedFlags, of_the_fit
+from simquant.flags import Flags, parse
 from simquant.methods import METHODS, Width
 from simquant.parsing import as_markdown, decisive, flag_fields, plain_settings
+from simquant.tables import USUAL
 
 ON = (False, None, True)
 EVERY_FLAG = {  # {flag: (its default, a word that changes it, what it is then)}, of the data-free script
@@ -20,6 +22,8 @@ EVERY_FLAG = {  # {flag: (its default, a word that changes it, what it is then)}
     "first_few_fp16": (-1, "5", 5), "skip_layers": ((), "0,-1", (0, -1)), "baseline": ON, "attribution": ON,
     "datasets": (("wikitext2",), "c4", ("c4",)), "seqlen": (2048, "128", 128), "limit": (512, "8", 8),
     "batch_size": (1, "auto", "auto"), "output": (None, "o.json", "o.json"), "resume": ON,
+    "revision": (None, "main", "main"), "text_column": ("text", "body", "body"), "bos": ("auto", "window", "window"),
+    "overwrite": ON, "columns": (USUAL, "ppl,kl", ("ppl", "kl")),
     "report_context": (131072, "1024", 1024), "plot": (None, "a.PNG", "a.PNG"), "plot_layer": (None, "0", 0),
     "plot_activations": (None, "b.svg", "b.svg"), "quiet": ON, "dry_run": ON,
 }  # fmt: skip
@@ -34,7 +38,8 @@ COMPANIONS = {  # what a flag does not go without
     "cap_outliers": ("--include_sparse",),
 }  # fmt: skip
 NO_FIGURE = {
-    "device", "output", "resume", "report_context", "plot", "plot_activations", "plot_layer", "quiet", "dry_run",
+    "device", "output", "resume", "overwrite", "columns",
+    "report_context", "plot", "plot_activations", "plot_layer", "quiet", "dry_run",
 }  # fmt: skip
 PATH = ("--quantizer_path", "q.pkl")
 

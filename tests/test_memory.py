@@ -6,7 +6,7 @@ from conftest import NANO
 
 import quant_utils as qu
 from simquant import memory
-from simquant.flags import CalibratedFlags
+from simquant.calibrated_flags import CalibratedFlags
 from simquant.sites import find_sites
 
 

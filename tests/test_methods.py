@@ -9,7 +9,8 @@ from conftest import DYNAMIC_SCRIPT, NANO, SAMPLE, run_script
 from torch import nn
 
 from quant_utils import Quantized, Quantizer, Site, UserError
-from simquant.flags import CalibratedFlags, Flags
+from simquant.calibrated_flags import CalibratedFlags
+from simquant.flags import Flags
 from simquant.methods import METHODS, Method, Plan, Width
 
 LAYERS = 4

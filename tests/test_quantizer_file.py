@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 
 import quant_utils as qu
 from simquant import kvquant_file, quantizer_file
-from simquant.flags import CalibratedFlags, of_the_fit
+from simquant.calibrated_flags import CalibratedFlags, of_the_fit
 from simquant.sites import find_sites
 
 interrupt = signal.getsignal(signal.SIGINT)

@@ -1,0 +1,86 @@
+"""The flags of the calibrated script: what a calibration fits, and to which text. Nothing here imports torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from simquant import parsing
+from simquant.flags import Flags, QuantizationFlags, count
+from simquant.methods import BASELINE
+from simquant.parsing import flag, flag_fields, fraction, plain_settings
+
+
+@dataclass(frozen=True)
+class CalibrationFlags:
+    """calibration"""
+
+    calibrate: bool = flag(False, "fit quantizers and save them; without it, evaluate saved ones", decides=False)
+    quantizer_path: str | None = flag(None, "the quantizer file, ours or KVQuant's own", decides=False, metavar="FILE")
+    export_kvquant: str | None = flag(None, "also write the quantizers as KVQuant does", decides=False, metavar="FILE")
+    nuq: bool = flag(False, "short for --kv_format nuq: levels fitted by k-means (KVQuant)")
+    fisher: bool = flag(False, "with --nuq, weigh the fit by Fisher information")
+    fisher_weighting: str = flag("paper", "Fisher information times the squared range, or alone", ("paper", "code"))
+    norm: bool = flag(False, "Q-Norm: decoded levels keep mean and standard deviation")
+    clamp: bool = flag(False, "uniform levels with an integer zero point")
+    cap_outliers: float | None = flag(
+        None, "at most this fraction of a token's keys stays exact", fraction, metavar="F"
+    )
+    calib_dataset: str = flag("wikitext2", "wikitext2, c4 or a text file", parsing.text_name, metavar="NAME")
+    nsamples: int = flag(16, "calibration windows of --seqlen tokens", count(least=1, most=10**6), metavar="N")
+    seed: int = flag(0, "seed of the places of calibration windows", count(least=0, most=2**63 - 1), metavar="N")
+
+
+@dataclass(frozen=True)
+class CalibratedFlags(CalibrationFlags, Flags):
+    """The flags of the calibrated script."""
+
+    groups = (*Flags.groups, CalibrationFlags)
+
+    def refusals(self, given: Mapping[str, Any]) -> dict[str, bool]:
+        """See Flags."""
+        refused = [name for name in given if with_calibrate(name) == "refused"]
+        return super().refusals(given) | {
+            "--fisher weighs the fit of a NUQ codebook: add --nuq, or leave it out":
+                self.fisher and self.kv_format != "nuq",
+            f"--clamp rounds the zero point of uniform levels, and {self.kv_format} has none":
+                self.clamp and self.kv_format != "uniform",
+            "--cap_outliers caps nothing without --include_sparse and --perchannel":
+                self.cap_outliers is not None and not (self.include_sparse and self.perchannel),
+            "--export_kvquant writes one width: give one in --abits":
+                self.export_kvquant is not None and len({*self.abits} - {BASELINE}) != 1,
+            f"--{' --'.join(refused)} is for an evaluation: leave it out with --calibrate":
+                self.calibrate and bool(refused),
+            "--calibrate has nothing to fit at 16 bits, or without --perchannel and --pertoken":
+                self.calibrate and (BASELINE in self.abits or not self.quantizes()),
+            "--quantizer_path FILE is missing: where --calibrate saves to, or saved to":
+                self.quantizer_path is None and (self.calibrate or self.quantizes()),
+        }  # fmt: skip
+
+    def options(self) -> dict[str, tuple[str, Any]]:
+        """See Flags."""
+        fisher = self.fisher_weighting if self.fisher else None
+        more: dict[str, tuple[str, Any]] = {"--clamp": ("integer_zero", self.clamp), "--norm": ("q_norm", self.norm)}
+        more |= {"--cap_outliers": ("cap", self.cap_outliers), "--fisher": ("fisher", fisher)}
+        return super().options() | {flag: option for flag, option in more.items() if option[1]}
+
+    def vain(self, given: Mapping[str, Any]) -> list[str]:
+        """See Flags."""
+        unused = [name for name in given if self.calibrate and with_calibrate(name) == "unused"]
+        found = super().vain(given) + [f"--{name} has no effect with --calibrate" for name in unused]
+        is_vain = "fisher_weighting" in given and not self.fisher
+        return found + ["--fisher_weighting has no effect without --fisher"] * is_vain
+
+
+def with_calibrate(name: str) -> str:
+    """Return what --calibrate does with a flag: used, refused or unused."""
+    known = flag_fields(CalibratedFlags)
+    return known[name].metadata["with_calibrate"] if name in known else "used"
+
+
+def of_the_fit(flags: CalibratedFlags) -> dict[str, Any]:
+    """Return {flag: value} of all that decides a fit: what the quantizer file holds."""
+    settings = plain_settings(flags) | {"abits": [width.label for width in flags.abits]}
+    known = flag_fields(QuantizationFlags) | flag_fields(CalibrationFlags)
+    return {n: settings[n] for n, f in known.items() if f.metadata["decides"] and with_calibrate(n) == "used"}

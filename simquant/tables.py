@@ -1,0 +1,69 @@
+"""The table that is printed: which figures of a row it shows, and how. Nothing here imports torch."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from simquant.notices import one_line
+
+COLUMNS = {  # {figure: (heading, format)} of all that can be printed, under its name in --output
+    "avg_bits": ("bits", ".3f"), "key_bits": ("key bits", ".3f"), "value_bits": ("value bits", ".3f"),
+    "ppl": ("ppl", ".4f"), "ppl_se": ("±", ".4f"), "nll": ("nll", ".6f"),
+    "delta_ppl": ("Δppl", "+.4f"), "delta_ppl_se": ("±", ".4f"),
+    "delta_percent": ("Δppl%", "+.2f"), "delta_percent_se": ("±%", ".2f"),
+    "kl": ("KL", ".6f"), "top1_agreement": ("top-1", ".2%"),
+    "cache_gib": ("GiB", ".3f"), "fp16_cache_gib": ("fp16 GiB", ".3f"),
+    "windows": ("windows", ""), "tokens": ("tokens", ""), "seconds": ("seconds", ".1f"),
+}  # fmt: skip
+USUAL = (
+    "avg_bits", "ppl", "ppl_se", "delta_ppl", "delta_ppl_se", "delta_percent", "kl", "top1_agreement", "cache_gib",
+)  # fmt: skip
+AGAINST = {
+    "delta_ppl",
+    "delta_ppl_se",
+    "delta_percent",
+    "delta_percent_se",
+    "kl",
+    "top1_agreement",
+}  # its own are zeros
+
+
+def short_names(datasets: Sequence[str]) -> dict[str, str]:
+    """Return {dataset: its name, or that of its file}; paths are whole where two files have the same name."""
+    names = [Path(dataset).name for dataset in datasets]
+    shown = names if len(set(names)) == len(names) else datasets
+    return {dataset: one_line(name) for dataset, name in zip(datasets, shown, strict=True)}
+
+
+def cell(row: Mapping[str, Any], name: str, form: str) -> str:
+    """Return a figure as it is printed: - where there is none, in scientific notation where it is huge."""
+    value = row[name]
+    if value is None or (name in AGAINST and row["abits"] == 16):
+        return "-"
+    return format(value, form.replace("f", "e") if abs(value) >= 1e6 and form else form)
+
+
+def table(rows: Sequence[Mapping[str, Any]], columns: Sequence[str] = USUAL) -> str:
+    """Return a line for each row; on a terminal that is too narrow, columns that do not fit go below the others."""
+    import pandas
+
+    names = short_names(list(dict.fromkeys(row["dataset"] for row in rows)))
+    labels = {"text": [names[row["dataset"]] for row in rows], "abits": [str(row["abits"]) for row in rows]}
+    if len({row["quantized"] for row in rows if row["abits"] != 16}) > 1:
+        labels["quantized"] = [row["quantized"] for row in rows]
+    cells = {name: [cell(row, name, COLUMNS[name][1]) for row in rows] for name in columns}
+    cells = {name: column for name, column in cells.items() if set(column) != {"-"}}
+    width = os.get_terminal_size().columns if sys.stdout.isatty() else 10**6
+    parts: list[pandas.DataFrame] = []
+    for name, column in cells.items():
+        added = pandas.Series(column, name=COLUMNS[name][0])
+        wider = pandas.concat([parts[-1] if parts else pandas.DataFrame(labels), added], axis=1)
+        if parts and wider.to_string(index=False).index("\n") > width:
+            parts.append(pandas.concat([pandas.DataFrame(labels), added], axis=1))
+        else:
+            parts[-1:] = [wider]
+    return "\n\n".join(part.to_string(index=False) for part in parts)
