@@ -17,7 +17,8 @@ from dataclasses import replace
 
 from simquant import processes, run
 from simquant.calibrated_flags import CalibratedFlags, of_the_fit
-from simquant.flags import checked, parse, with_method
+from simquant.endings import exit_status
+from simquant.flags import Flags, checked, parse, with_method
 from simquant.methods import METHODS, PROJECTIONS
 from simquant.parsing import width_list
 
@@ -27,6 +28,9 @@ EXAMPLES = """examples:
   %(prog)s meta-llama/Llama-3-8B --calibrate --abits 4,3,2 --nuq --quantizer_path nuq.pkl     three widths in one pass
   %(prog)s meta-llama/Llama-3-8B --quantizer_path nuq.pkl --baseline --plot nuq.png           all, against fp16
 """
+
+SHARED = ("revision", "dtype", "device", "attn_implementation", "text_column", "bos")  # with an evaluation of the fit
+QUANTIZER_FILES = (b"PK", b"\x80")  # how they begin: ours is a zip archive, KVQuant's a pickle
 
 
 def is_alike(name: str, usual: object, value: object) -> bool:
@@ -85,12 +89,13 @@ def fit(flags: CalibratedFlags, model, windows) -> tuple[dict, dict]:
 
 
 def calibrate(flags: CalibratedFlags, given: dict) -> None:
-    """Fit, save, and print how well the quantizers fit and how to evaluate them."""
+    """Fit, print how well the quantizers fit, save them, and print how to evaluate them."""
     run.begin(flags, given)
-    from simquant import describe, files, kvquant_file, memory, models, quantizer_file, texts
+    from simquant import describe, files, memory, models, quantizer_file, texts
 
-    path = flags.quantizer_path or ""
-    files.check_writable([path, flags.export_kvquant], [flags.calib_dataset, flags.model])
+    files.check_writable([flags.quantizer_path, flags.export_kvquant], [flags.calib_dataset, flags.model])
+    if not flags.overwrite:
+        files.check_replaceable([flags.quantizer_path, flags.export_kvquant], QUANTIZER_FILES)
     config, tokenizer = models.load_config_and_tokenizer(flags.model)
     windows, shape = texts.load_for_calibration(flags, config, tokenizer), models.skeleton(flags, config)
     settings = flags.plan().settings(sites := run.checked_sites(shape, flags))
@@ -102,16 +107,39 @@ def calibrate(flags: CalibratedFlags, given: dict) -> None:
     if processes.index() > 0:
         return
     made_for = {"name": flags.model, "type": config.model_type, "channels": {s.name: s.channels for s in sites}}
+    try:
+        print(quantizer_file.fit_table(fits, list(fitted)), flush=True)
+    finally:  # a reader that has left loses nothing
+        save(flags, fitted, made_for)
+    print(f"\nSaved to {flags.quantizer_path}. To evaluate:\n{evaluation_command(flags)}")
+
+
+def save(flags: CalibratedFlags, fitted: dict, made_for: dict) -> None:
+    """Write the files that the flags name."""
+    from simquant import kvquant_file, models, quantizer_file
+
     about = {"model": made_for, "settings": of_the_fit(flags), "calibration": {"seqlen": flags.seqlen}}
-    quantizer_file.save(path, fitted, about | {"versions": models.versions()})
+    quantizer_file.save(flags.quantizer_path or "", fitted, about | {"versions": models.versions()})
     if flags.export_kvquant is not None:
-        kvquant_file.export(flags.export_kvquant, run.narrowest(fitted))
-    print(quantizer_file.fit_table(fits, list(fitted)))
-    command = ["python3", sys.argv[0], flags.model, "--quantizer_path", path, "--datasets", flags.calib_dataset]
-    command += ["--seqlen", str(flags.seqlen)]
-    for name in ("dtype", "device", "attn_implementation"):
-        command += [f"--{name}", getattr(flags, name)] if getattr(flags, name) != "auto" else []
-    print(f"\nSaved to {path}. To evaluate:\n{shlex.join(command)}")
+        try:
+            kvquant_file.export(flags.export_kvquant, run.narrowest(fitted))
+        except OSError as error:
+            raise OSError(f"{error}; {flags.quantizer_path!r} is saved") from error
+
+
+def evaluation_command(flags: CalibratedFlags) -> str:
+    """Return the command that evaluates what was saved, on the text and the device of the calibration."""
+    words = [
+        sys.argv[0],
+        flags.model,
+        "--quantizer_path",
+        flags.quantizer_path or "",
+        "--datasets",
+        flags.calib_dataset,
+    ]
+    given = {name: getattr(flags, name) for name in SHARED if getattr(flags, name) != getattr(Flags, name)}
+    more = [word for name, value in given.items() for word in (f"--{name}", str(value))]
+    return shlex.join(["python3", *words, "--seqlen", str(flags.seqlen), *more])
 
 
 def main() -> None:
@@ -129,4 +157,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run.exit_status(main))
+    sys.exit(exit_status(main))

@@ -12,6 +12,7 @@ signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while libraries load ends
 import sys
 
 from simquant import run
+from simquant.endings import exit_status
 from simquant.flags import Flags, parse
 
 EXAMPLES = """examples:
@@ -28,4 +29,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run.exit_status(main))
+    sys.exit(exit_status(main))

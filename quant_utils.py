@@ -25,6 +25,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from tqdm import tqdm
 
 # -- 1. The types: a quantizer, a site, a setting
 
@@ -564,11 +565,12 @@ def dtype_name(model) -> str:
 # -- 5. Calibration: record what passes by, then fit
 
 
-def progress(label: str, items: Iterable | None = None, total: int | None = None, initial: int = 0):
-    """Return a tqdm bar on stderr over items, or one to move by hand; it shows where a terminal is, unless quiet."""
-    from transformers.utils.logging import tqdm
+PROGRESS: dict[str, Any] = {"disable": None}  # what tqdm is told of where bars show: on a terminal
 
-    return tqdm(items, desc=label, total=total, initial=initial, unit="window", leave=False, disable=None)
+
+def progress(label: str, items: Iterable | None = None, total: int | None = None, initial: int = 0):
+    """Return a tqdm bar over items, or one to move by hand."""
+    return tqdm(items, desc=label, total=total, initial=initial, unit="window", leave=False, **PROGRESS)
 
 
 def record(model, sites: Iterable[Site], windows: Tensor, gradients: bool = False) -> dict[Site, Tensor]:

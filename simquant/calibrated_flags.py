@@ -52,8 +52,8 @@ class CalibratedFlags(CalibrationFlags, Flags):
                 self.export_kvquant is not None and len({*self.abits} - {BASELINE}) != 1,
             f"--{' --'.join(refused)} is for an evaluation: leave it out with --calibrate":
                 self.calibrate and bool(refused),
-            "--calibrate has nothing to fit at 16 bits, or without --perchannel and --pertoken":
-                self.calibrate and (BASELINE in self.abits or not self.quantizes()),
+            "--calibrate has nothing to fit at 16 bits: leave it out of --abits":
+                self.calibrate and BASELINE in self.abits,
             "--quantizer_path FILE is missing: where --calibrate saves to, or saved to":
                 self.quantizer_path is None and (self.calibrate or self.quantizes()),
         }  # fmt: skip

@@ -6,15 +6,25 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from quant_utils import Setting
-from simquant import memory, models, texts
+from simquant import memory, models, report, tables, texts
 from simquant.sites import PlacedSite
 
 
+def print_results(model, config, flags, settings: Mapping[Any, Setting], run: report.Run) -> None:
+    """Print the table of a run, what its columns are, and what was measured how."""
+    print(tables.table(report.all_results(run), flags.columns))
+    against = "Δ: from the unquantized model, on the same tokens; KL in nats; " if run.is_paired else ""
+    print(f"\n±: standard error; {against}GiB: of a cache of {run.context} tokens")
+    print_settings(model, config, flags, settings)
+    if flags.quantizes() and not run.is_paired:
+        print("\n--baseline also measures the unquantized model, and shows what quantization costs")
+
+
 def print_settings(model, config, flags, settings: Mapping[Any, Setting]) -> None:
-    """Print below the tables what was measured, on which text, quantized how."""
+    """Print what was measured, on which text, quantized how."""
     attention, where = model.config._attn_implementation, memory.devices_of(model)
     line = f"{models.dtype_of(model)} on {where}, {attention} attention{models.weights_line(config)}"
-    print(f"\n{flags.model}: {line}, windows of {flags.seqlen} tokens")
+    print(f"{flags.model}: {line}, windows of {flags.seqlen} tokens")
     for dataset in flags.datasets:
         print(f"{dataset}: {texts.ABOUT.get(dataset, texts.ABOUT_FILES)}")
     print_quantizers(settings)

@@ -59,3 +59,12 @@ def check_writable(paths: Iterable[str | None], inputs: Iterable[str | None]) ->
             raise UserError(
                 f"output {path!r} cannot be written ({reason}): give a file in a writable folder"
             ) from error
+
+
+def check_replaceable(paths: Iterable[str | None], starts: tuple[bytes, ...]) -> None:
+    """Raise UserError unless each of paths is new, empty, or begins like the kind of file that will replace it."""
+    for path in (path for path in paths if path is not None and os.path.exists(path)):
+        with open(path, "rb") as file:
+            start = file.read(8)
+        if start and not start.startswith(starts):
+            raise UserError(f"output {path!r} holds something else: give another name, or --overwrite to lose it")

@@ -125,6 +125,8 @@ class Flags(OutputFlags, TextFlags, QuantizationFlags, ModelFlags):
         both, quantizes = sorted({*self.perchannel} & {*self.pertoken}), self.quantizes()
         return {
             f"{' '.join(both)} in both --perchannel and --pertoken: give it one scale": bool(both),
+            "--perchannel and --pertoken are both empty: name k_proj or v_proj, or give --abits 16 to quantize nothing":
+                not quantizes and any(width != BASELINE for width in self.abits),
             f"--first_few_fp16 {self.first_few_fp16} covers the whole window of --seqlen {self.seqlen}":
                 self.first_few_fp16 >= self.seqlen,
             "--attribution takes one width apart: give one below 16, and something to quantize":
@@ -133,6 +135,8 @@ class Flags(OutputFlags, TextFlags, QuantizationFlags, ModelFlags):
                 self.resume and (self.output is None or self.output.lower().endswith(".csv")),
             "--plot_layer chooses what --plot_activations draws: give that too":
                 self.plot_layer is not None and self.plot_activations is None,
+            "--plot draws a sweep or an attribution: give a width below 16":
+                self.plot is not None and not quantizes,
             "--plot_activations shows quantization: give a width below 16":
                 self.plot_activations is not None and not quantizes,
             f"--kv_format {self.kv_format} is fitted to data: use kvquant_llama3_simquant.py":

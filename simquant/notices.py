@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import sys
 import warnings
+from typing import Any
 
 from simquant import processes
 
@@ -33,6 +34,30 @@ def notices_only() -> None:
     warnings.simplefilter("ignore")
     warnings.simplefilter("always", Notice)
     warnings.showwarning = show  # type: ignore[assignment]
+
+
+class Lines:
+    """Where a tqdm bar is written to if stderr is no terminal: each of its states becomes a line."""
+
+    def write(self, text: str) -> None:
+        """Print what is not blank."""
+        if line := text.strip():
+            print(line, file=sys.stderr, flush=True)
+
+    def flush(self) -> None:
+        """Do nothing: print has."""
+
+
+LINE_EVERY = 60  # seconds
+
+
+def progress_options(quiet: bool) -> dict[str, Any]:
+    """Return tqdm's options: a bar on a terminal, else a line a minute; nothing if quiet or not the main process."""
+    if quiet or processes.index() > 0 or sys.stderr.isatty():
+        return {"disable": quiet or processes.index() > 0}
+    line = "{desc}: {n_fmt} of {total_fmt} windows, {remaining} left{postfix}"
+    every = {"mininterval": LINE_EVERY, "delay": LINE_EVERY, "miniters": 1}
+    return {"disable": False, "file": Lines(), "bar_format": line, **every}
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import json
 import os
 import re
@@ -143,7 +144,10 @@ class Parser(argparse.ArgumentParser):
     """An ArgumentParser whose errors are one line, said by one process."""
 
     def error(self, message: str):
-        """Exit with status 2 after one line."""
+        """Exit with status 2 after one line; what looks like a flag is compared with those that there are."""
+        wrong = re.match(r"unrecognized arguments: (--\w+)", message)
+        alike = difflib.get_close_matches(wrong[1], self._option_string_actions, 1) if wrong else []
+        message += f": {alike[0]} is one" if alike else ""
         line = f"{self.prog}: error: {one_line(message)} (--help lists the flags)\n"
         self.exit(2, line if processes.index() == 0 else None)
 

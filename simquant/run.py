@@ -1,88 +1,30 @@
-"""A run from flags to report, and its exit status. Libraries are imported when they are needed."""
+"""A run, from flags to report. Libraries are imported when they are needed."""
 
 from __future__ import annotations
 
-import contextlib
-import io
 import logging
 import os
-import signal
 import sys
 import time
-from argparse import ArgumentTypeError
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from simquant import processes
+from simquant.endings import Stopped, on_signals, stop
 from simquant.flags import Flags
-from simquant.notices import is_out_of_memory, notices_only, notify, one_line
+from simquant.notices import notify, progress_options
 from simquant.parsing import decisive, plain_settings
 
 if TYPE_CHECKING:
     from quant_utils import Setting
     from simquant.methods import Row
     from simquant.report import Run
+    from simquant.report_file import ReportFile
     from simquant.sites import PlacedSite
 
 SAVE_EVERY = 30  # seconds between two versions of --output while it is not complete
 ROUND = 64  # windows that each process measures before all exchange what they have
-
-
-class Terminated(KeyboardInterrupt):
-    """SIGTERM, which is to leave everything as tidy as Ctrl-C does."""
-
-
-def on_signals(handler: Any) -> None:
-    """Let handler answer Ctrl-C and SIGTERM."""
-    for each in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(each, handler)
-
-
-def stop(signum: int, frame: object) -> None:
-    """Raise the exception of a signal, once: a second one would lose what is being saved."""
-    on_signals(signal.SIG_IGN)
-    raise Terminated if signum == signal.SIGTERM else KeyboardInterrupt
-
-
-def exit_status(main: Callable[[], None]) -> int:
-    """Return the exit status of main: 0; 2 after a line on what the user can mend; 1 if the system fails; 130, 143."""
-    nowhere = open(os.devnull, "w")  # noqa: SIM115, for a stream that the caller has closed
-    sys.stdout, sys.stderr = nowhere if processes.index() else sys.stdout or nowhere, sys.stderr or nowhere
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")
-    status, message = 0, ""
-    try:
-        try:
-            main()
-            sys.stdout.flush()
-        finally:
-            on_signals(signal.SIG_IGN)  # what is to be said is said in peace
-    except KeyboardInterrupt as interruption:
-        status, message = 143 if isinstance(interruption, Terminated) else 130, str(interruption) or "interrupted"
-    except ArgumentTypeError as error:
-        status, message = 2, f"error: {error}"
-    except OSError as error:
-        status, message = 1, f"error: {error.strerror or error}"
-        with contextlib.suppress(OSError, ValueError):  # or Python's own flush at exit fails again
-            os.dup2(nowhere.fileno(), sys.stdout.fileno())
-    except Exception as error:
-        status, message = 2, f"error: {what_to_mend(error)}"
-    if message:
-        who = f"process {processes.index()}: " if processes.index() else ""
-        print(f"{Path(sys.argv[0]).name}: {who}{one_line(message)}", file=sys.stderr)
-    return status
-
-
-def what_to_mend(error: Exception) -> str:
-    """Return what is said of an error that the user can mend; raise any other."""
-    from quant_utils import UserError
-
-    if is_out_of_memory(error):
-        return "out of memory: lower --batch_size or --seqlen, or choose a smaller --dtype"
-    if not isinstance(error, UserError):
-        raise error
-    return str(error)
 
 
 def begin(flags: Flags, given: Mapping[str, Any]) -> None:
@@ -92,7 +34,9 @@ def begin(flags: Flags, given: Mapping[str, Any]) -> None:
         os.environ |= dict.fromkeys(("HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS"), "1")
     for name in ("torch", "bitsandbytes"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    notices_only()
+    import quant_utils as qu
+
+    qu.PROGRESS.update(progress_options(flags.quiet))
     for complaint in flags.vain(given):
         notify(complaint)
     processes.gather([None])  # before anything that takes long
@@ -124,10 +68,13 @@ def settings_of(model, flags: Flags, stored: Mapping[str, Any] | None) -> tuple[
 def evaluate(flags: Flags, given: Mapping[str, Any], stored: Mapping[str, Any] | None = None) -> None:
     """Measure, print, save and draw what the flags ask for; stored is a quantizer file's content, None for no file."""
     begin(flags, given)
-    from simquant import describe, files, kvquant_file, models, plots, report, texts
+    from simquant import describe, files, kvquant_file, models, plots, report, report_file, texts
 
     exported, read = getattr(flags, "export_kvquant", None), [getattr(flags, "quantizer_path", None), *flags.datasets]
     files.check_writable([flags.output, flags.plot, flags.plot_activations, exported], [*read, flags.model])
+    file = report_file.ReportFile(flags.output, flags.overwrite)
+    if not flags.resume:
+        file.check()
     config, tokenizer = models.load_config_and_tokenizer(flags.model)
     windows, shape = texts.load(flags, config, tokenizer), models.skeleton(flags, config)
     found, settings = settings_of(shape, flags, stored)  # so that mistakes show before weights load
@@ -138,32 +85,41 @@ def evaluate(flags: Flags, given: Mapping[str, Any], stored: Mapping[str, Any] |
         return
     if exported is not None and processes.index() == 0:
         kvquant_file.export(exported, narrowest(settings))
-    record = make_record(flags, shape, windows)
-    known = report.load_unfinished(flags.output, record, decisive(flags)) if flags.resume and flags.output else {}
+    file.record = make_record(flags, shape, windows)
+    known = file.unfinished(windows, decisive(flags)) if flags.resume else {}
 
     model = models.load_model(flags, config)
     found, settings = settings_of(model, flags, stored)
-    record["environment"] = models.environment(model)
+    file.record["environment"] = models.environment(model)
     run = report.Run(windows, list(settings), found, flags.report_context)
     if known:
-        report.take_over(run, flags.output or "", known, record["environment"])
+        report_file.take_over(run, flags.output or "", known, file.record["environment"])
     on_signals(stop)
-    failure = measure_compiled(model, run, settings, flags, record)
+    failures = [measure_compiled(model, run, settings, flags, file)]
     if processes.index() == 0:
-        describe.print_settings(model, config, flags, settings)
-        plots.draw(flags, model, run, narrowest(settings))
-    if failure is not None:
+        failures.append(failure_of(lambda: plots.draw(flags, model, run, narrowest(settings))))
+        describe.print_results(model, config, flags, settings, run)
+    for failure in filter(None, failures):
         raise failure
+
+
+def failure_of(write: Callable[[], object]) -> OSError | None:
+    """Return why a file could not be written, if so: what else there is to write and to print comes first."""
+    try:
+        write()
+    except OSError as error:
+        return error
+    return None
 
 
 def make_record(flags: Flags, shape, windows: Mapping) -> dict[str, Any]:
     """Return what --output says of a run besides its figures: resolved flags, and marks of what it read."""
-    from simquant import models, report, speed
+    from simquant import models, report_file, speed
 
     device = models.single_device(flags.device)
     resolved = {"dtype": models.dtype_of(shape), "attn_implementation": shape.config._attn_implementation}
     resolved |= {"device": str(device), "compile": "on" if speed.is_to_compile(flags.compile, device) else "off"}
-    read = report.digests(windows, getattr(flags, "quantizer_path", None))
+    read = report_file.digests(windows, getattr(flags, "quantizer_path", None))
     read["model weights"] = models.weights_mark(shape.config)
     settings = plain_settings(flags) | resolved
     return {"script": Path(sys.argv[0]).name, "model": flags.model, "settings": settings, "sha256": read}
@@ -175,33 +131,29 @@ def narrowest(settings: Mapping[Row, Setting]) -> Setting:
     return min(some, key=lambda each: (sum(q.bits for q in each.values()) / len(each), -len(each)), default={})
 
 
-def measure_compiled(model, run: Run, settings: Mapping[Row, Setting], flags: Flags, record: dict) -> OSError | None:
-    """Return measure_and_report, with compiled layers if record says so. If they do not compile, auto goes without."""
+def measure_compiled(model, run: Run, settings: Mapping[Row, Setting], flags: Flags, file: ReportFile) -> Any:
+    """Return measure_and_save, with compiled layers if the flags say so. If they do not compile, auto goes without."""
     from simquant import speed
 
     try:
-        with speed.compiled(model, record["settings"]["compile"] == "on"):
-            return measure_and_report(model, run, settings, flags, record)
+        with speed.compiled(model, file.record["settings"]["compile"] == "on"):
+            return measure_and_save(model, run, settings, flags, file)
     except speed.CompilationError as error:
         if flags.compile == "on" or processes.count() > 1 or any(run.count.values()):
             raise
         notify(f"--compile auto: off, because {error}")
-    record["settings"]["compile"] = "off"
-    return measure_and_report(model, run, settings, flags, record)
+    file.record["settings"]["compile"] = "off"
+    return measure_and_save(model, run, settings, flags, file)
 
 
-def measure_and_report(
-    model, run: Run, settings: Mapping[Row, Setting], flags: Flags, record: Mapping
+def measure_and_save(
+    model, run: Run, settings: Mapping[Row, Setting], flags: Flags, file: ReportFile
 ) -> OSError | None:
-    """Measure what run lacks, print its tables, write --output, also when interrupted. Return why that failed."""
-    from simquant import report
+    """Measure what run lacks and write --output, now and then and at the end. Return why that failed.
 
-    def save(complete: bool) -> OSError | None:
-        try:
-            report.write_output(flags.output, record, run, complete)
-        except OSError as error:
-            return error
-        return None
+    A signal or an error saves what there is; after a signal it is also printed.
+    """
+    from simquant import report, tables
 
     saved = time.monotonic()
     try:
@@ -209,15 +161,15 @@ def measure_and_report(
             for _ in measure(model, run, dataset, list(settings.values()), flags.batch_size):
                 if time.monotonic() - saved > SAVE_EVERY:
                     saved = time.monotonic()
-                    if failure := save(complete=False):
+                    if failure := failure_of(lambda: file.write(run, complete=False)):
                         notify(str(failure))
-            print(report.table(report.results(run, dataset), report.TABLES[""]), flush=True)
-        print(report.comparison(run, report.all_results(run)), flush=True)
-        return save(complete=True)
-    except BaseException as stop:
-        done = report.write_output(flags.output, record, run, complete=False)
-        if isinstance(stop, KeyboardInterrupt):
-            raise type(stop)("; ".join(["interrupted", *filter(None, [done])])) from None
+        return failure_of(lambda: file.write(run, complete=True))
+    except BaseException as end:
+        done = file.write(run, complete=False)
+        if isinstance(end, Stopped):
+            if rows := report.all_results(run):
+                print(tables.table(rows, (*flags.columns, "windows")))
+            raise Stopped("; ".join([str(end), *filter(None, [done])]), end.signum) from None
         if done:
             notify(done)
         raise
@@ -242,10 +194,11 @@ def measure(model, run: Run, dataset: str, settings: Sequence[Setting], batch_si
                 if count == 1:
                     run.add(dataset, figures, time.perf_counter() - start)
                     start = time.perf_counter()
+                    ppl = run.done(dataset)[:, :4, 0].mean(0).exp().tolist()
                     bar.set_postfix_str(
-                        "ppl " + " ".join(f"{ppl:.4f}" for ppl in run.done(dataset)[:, :4, 0].mean(0).exp().tolist())
+                        " ".join(["ppl", *(f"{each:.4f}" for each in ppl)]), refresh=sys.stderr.isatty()
                     )
-                bar.update(len(figures))
+                bar.update(min(len(figures) * count, total - bar.n))  # the others are about as far
                 yield
             if count > 1:
                 run.add(dataset, torch.cat(processes.gather([torch.cat(parts)])), time.perf_counter() - start)

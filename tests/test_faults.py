@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from test_report import on_terminal
 
-from simquant import models, quantizer_file, run
+from simquant import endings, models, quantizer_file
 
 
 @contextlib.contextmanager
@@ -67,7 +67,7 @@ def answer(model, config_and_tokenizer, tmp_path_factory):
             known = {str(NANO): config_and_tokenizer}
             patch.setattr(models, "load_config_and_tokenizer", lambda name: known.get(name) or whole(name))
             try:
-                status = run.exit_status(script.main)
+                status = endings.exit_status(script.main)
             except SystemExit as stop:  # argparse
                 status = stop.code
             for stream in streams:

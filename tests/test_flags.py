@@ -122,7 +122,7 @@ def test_widths_and_layers(parsed):
 
 def test_projections_are_a_json_list_or_plain_words_or_nothing(parsed):
     for words in (['["k_proj",', '"v_proj"]'], ["k_proj", "v_proj"], ["k_proj,v_proj"], ['["k_proj"]'], ["[]"], []):
-        flags, _ = parsed(Flags, "--pertoken", "--perchannel", *words)
+        flags, _ = parsed(Flags, "--abits", "16", "--pertoken", "--perchannel", *words)
         assert flags.perchannel == tuple(name for name in ("k_proj", "v_proj") if name in " ".join(words))
         assert flags.pertoken == ()
 
@@ -151,6 +151,11 @@ def test_the_short_forms_of_a_method_and_its_name_say_the_same(parsed):
         ("--device tpu", "'tpu'|cuda:N.*tpu"),
         ("--datasets /nowhere/a.txt", "'/nowhere/a.txt' does not exist"),
         (f"--datasets {SAMPLE},{SAMPLE.parent}/./sample.txt", "sample.txt stands there more than once"),
+        ("--perchannel --pertoken", "both empty: name k_proj or v_proj, or give --abits 16"),
+        ("--abits 16 --plot a.png", "--plot draws a sweep or an attribution: give a width below 16"),
+        ("--output precious.pkl", r"--output: must be a file that ends in \.json or \.csv, got 'precious.pkl'"),
+        ("--columns ppl,kld", "unknown figure 'kld': give all, or some of avg_bits, .*kl"),
+        ("--abit 4", "--abit 4: --abits is one"),
         ("--plot_layer 2", "--plot_layer.*--plot_activations"),
         ("--attribution --abits 4,3", "--attribution takes one width"),
         ("--resume", "--resume.*--output"),

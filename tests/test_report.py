@@ -27,7 +27,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from quant_utils import ScalarQuantizer, Site, UserError
-from simquant import plots, report
+from simquant import plots, report, report_file
 from simquant.flags import Flags
 from simquant.methods import Row
 from simquant.parsing import decisive
@@ -76,14 +76,9 @@ def perplexity_without(row, window):
     return math.exp(statistics.fmean(nll for i, nll in enumerate(row["window_nll"]) if i != window))
 
 
-def tables(stdout):
-    """Return [[{heading: cell}]] of the tables that stand between empty lines."""
-    found = []
-    for block in stdout.split("\n\n")[:-1]:
-        lines = [line.split() for line in block.splitlines()]
-        header = next(i for i, line in enumerate(lines) if line[0] == "dataset")
-        found.append([dict(zip(lines[header], line, strict=True)) for line in lines[header + 1 :]])
-    return found
+def table(stdout):
+    """Return [[cell]] of the table that comes first, its headings first."""
+    return [line.split() for line in stdout.split("\n\n")[0].splitlines()]
 
 
 def on_terminal(columns, *command, **environment):
@@ -101,24 +96,23 @@ def on_terminal(columns, *command, **environment):
     return process.wait(), written.decode().replace("\r\n", "\n")
 
 
-SHOWN = [  # {heading: (figure, format)} of each table
-    {"ppl": ("ppl", ".4f"), "±": ("ppl_se", ".4f"), "nll": ("nll", ".6f"), "windows": ("windows", ""),
-     "tokens": ("tokens", ""), "seconds": ("seconds", ".1f")},
-    {"Δppl": ("delta_ppl", "+.4f"), "±": ("delta_ppl_se", ".4f"), "Δppl%": ("delta_percent", "+.2f"),
-     "±%": ("delta_percent_se", ".2f"), "KL": ("kl", ".6f"), "top-1": ("top1_agreement", ".2%")},
-    {"keys": ("key_bits", ".3f"), "values": ("value_bits", ".3f"), "both": ("avg_bits", ".3f"),
-     "GiB": ("cache_gib", ".3f"), "fp16-GiB": ("fp16_cache_gib", ".3f")},
-]  # fmt: skip
+SHOWN = {  # {figure: (heading, format)} of the table, in its order
+    "avg_bits": ("bits", ".3f"), "ppl": ("ppl", ".4f"), "ppl_se": ("±", ".4f"), "delta_ppl": ("Δppl", "+.4f"),
+    "delta_ppl_se": ("±", ".4f"), "delta_percent": ("Δppl%", "+.2f"), "kl": ("KL", ".6f"),
+    "top1_agreement": ("top-1", ".2%"), "cache_gib": ("GiB", ".3f"),
+}  # fmt: skip
 
 
-def test_the_same_figures_stand_in_the_tables_and_in_the_json(sweep):
+def test_the_same_figures_stand_in_the_table_and_in_the_json(sweep):
     process, whole = sweep
     rows = whole["results"]
     assert whole["complete"] is True and whole["settings"]["abits"] == [row["abits"] for row in rows] == [16, 4, 2]
-    for table, headings in zip(tables(process.stdout), SHOWN, strict=True):
-        for line, row in zip(table, rows, strict=True):
-            shown = {heading: format(row[name], form) for heading, (name, form) in headings.items()}
-            assert line == {"dataset": str(SAMPLE), "abits": str(row["abits"])} | shown
+    headings, *lines = table(process.stdout)
+    assert headings == ["text", "abits", *(heading for heading, _ in SHOWN.values())]
+    for line, row in zip(lines, rows, strict=True):
+        shown = [format(row[name], form) for name, (_, form) in SHOWN.items()]
+        shown = [*shown[:3], *("-" * 5), shown[-1]] if row["abits"] == 16 else shown  # compared with itself
+        assert line == ["sample.txt", str(row["abits"]), *shown]
     for row in rows:
         assert (row["windows"], row["tokens"], row["fp16_cache_gib"]) == (6, 6 * 127, 0.375)
         for name in ("nll", "kl", "top1_agreement", "key_bits", "value_bits"):
@@ -157,17 +151,16 @@ def blank_run(known, windows=6):
     return report.Run(texts, rows, sites, 1024)
 
 
-def test_a_narrow_terminal_folds_the_tables_loses_no_figure_and_shows_a_bar(sweep):
+def test_a_narrow_terminal_folds_the_table_loses_no_figure_and_shows_a_bar(sweep):
     """On a terminal that is asked for colours by the usual variables; there are none."""
     status, written = on_terminal(70, sys.executable, DYNAMIC_SCRIPT, NANO, *SWEEP)
     assert status == 0 and re.findall(r"\x1b\[[\d;:]*m", written) == []
     assert "18/18" in written or "6/6" in written
     assert re.search(r"ppl \d+\.\d{4} \d+\.\d{4} \d+\.\d{4}", written)
-    shown = written[written.index("dataset") :]
-    assert all(len(line) <= 70 for line in shown.splitlines() if not re.match(r"against|bits an entry|\S+: ", line))
-    assert max(map(len, sweep[0].stdout.splitlines())) > 90
-    for row in (row for table in tables(sweep[0].stdout) for row in table):
-        assert all(cell in shown for name, cell in row.items() if name != "seconds")
+    parts = re.findall(r"^ *text abits .*\n(?:sample.txt .*\n){3}", written, re.MULTILINE)
+    assert len(parts) == 2 and all(len(line) <= 70 for part in parts for line in part.splitlines())
+    folded = [first.split() + second.split()[2:] for first, second in zip(*map(str.splitlines, parts), strict=True)]
+    assert folded == table(sweep[0].stdout) and len(sweep[0].stdout.splitlines()[0]) > 70
 
 
 INTERRUPTER = """
@@ -203,7 +196,7 @@ def killed(folder, place, count, signals, *args):
         (BATCH, 2, "SIGKILL", -9, 4),
         (BATCH, 1, "failure", 2, 2),
         ("quant_utils.average_bits", 4, "SIGINT", 130, 2),  # between two settings of a batch
-        ("simquant.report.write_atomically", 0, "SIGINT", 130, 6),  # as the complete file is to be written
+        ("simquant.report_file.write_atomically", 0, "SIGINT", 130, 6),  # as the complete file is to be written
     ],
 )
 def test_a_killed_run_saves_what_is_measured_and_goes_on(sweep, tmp_path, place, count, signals, status, windows):
@@ -253,9 +246,10 @@ def test_resume_with_another_setting_text_or_checkpoint_is_refused_and_the_file_
 def resumed(path, whole, content):
     """Return the run that goes on with content in place of a sweep's report; UserError if it does not."""
     path.write_bytes(content if isinstance(content, bytes) else json.dumps(content).encode())
-    run, record = blank_run(whole), {name: whole[name] for name in ("script", "model", "settings", "sha256")}
-    known = report.load_unfinished(str(path), record, decisive(Flags(model="m")))
-    report.take_over(run, str(path), known, known.get("environment", {}))
+    run, file = blank_run(whole), report_file.ReportFile(str(path), overwrite=False)
+    file.record = {name: whole[name] for name in ("script", "model", "settings", "sha256")}
+    known = file.unfinished(run.texts, decisive(Flags(model="m")))
+    report_file.take_over(run, str(path), known, known.get("environment", {}))
     return run
 
 
@@ -268,7 +262,7 @@ def test_resume_refuses_another_run_and_damaged_figures(sweep, tmp_path):
         (("results", 0, "window_nll", 1), "3", "cannot be continued.*window_nll.*'3'"),
         (("results", 1, "window_kl", 1), None, "cannot be continued.*window_kl"),
         (("results", 1, "quantized"), "keys", "cannot be continued.*other rows"),
-        (("results",), 3, "no JSON that --output wrote"),
+        (("results",), 3, "no report that --output wrote"),
     ):
         part = changed = json.loads(json.dumps(ours))
         for key in place[:-1]:

@@ -1,0 +1,186 @@
+"""The file that --output names: a run as JSON, or its table as CSV; what it may replace, and how a run goes on."""
+
+from __future__ import annotations
+
+import csv
+import itertools
+import json
+import math
+import os
+import re
+from collections.abc import Mapping, Sequence
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from quant_utils import FIGURES, UserError
+from simquant import processes
+from simquant.files import write_atomically
+from simquant.notices import notify
+from simquant.report import Run, all_results, results
+
+
+def as_json(data: Mapping) -> str:
+    """Return data indented, but a list of figures on one line."""
+    text = json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    # a raw newline is in no string
+    return re.sub(r"\[\n[-+.\deE,\snul]*\]", lambda found: " ".join(found[0].split()), text)
+
+
+def as_csv(rows: Sequence[Mapping], complete: bool) -> str:
+    """Return the figures of rows, without those of single windows."""
+    import pandas
+
+    frame = pandas.DataFrame([{n: value for n, value in row.items() if not n.startswith("window_")} for row in rows])
+    return frame.astype({"layer": "Int64"}).assign(complete=complete).to_csv(index=False)
+
+
+def mark_of(path: str | None) -> tuple | None:
+    """Return what changes when a file is written anew; None where there is none."""
+    if path is None or not os.path.exists(path):
+        return None
+    about = os.stat(path)
+    return about.st_ino, about.st_size, about.st_mtime_ns
+
+
+def is_csv(path: str) -> bool:
+    """Return whether path asks for the table alone."""
+    return path.lower().endswith(".csv")
+
+
+def read_report(path: str) -> dict[str, Any]:
+    """Return the JSON that --output wrote. UserError for anything else."""
+    kinds = {"script": str, "model": str, "settings": dict, "sha256": dict, "results": list}
+    try:
+        content = json.loads(Path(path).read_bytes())
+        if all(type(content[name]) is kind for name, kind in kinds.items()):
+            return content
+    except (ValueError, TypeError, KeyError, RecursionError, OSError):
+        pass
+    raise UserError(f"{path!r} is no report that --output wrote: give another name")
+
+
+def is_complete(path: str) -> bool:
+    """Return whether the report that path holds is that of a whole run. UserError if it is no report."""
+    if not is_csv(path):
+        return read_report(path).get("complete") is True
+    with open(path, encoding="utf-8", errors="replace", newline="") as file:
+        rows = csv.DictReader(file)
+        if not {"dataset", "abits", "ppl", "complete"} <= {*(rows.fieldnames or ())}:
+            raise UserError(f"{path!r} is no table that --output wrote: give another name")
+        return all(row["complete"] == "True" for row in rows)
+
+
+class ReportFile:
+    """The file that --output names, if it names one.
+
+    path    where figures go: another name once somebody else has written to this one
+    record  what the JSON holds besides figures
+    """
+
+    def __init__(self, path: str | None, overwrite: bool):
+        self.path, self.overwrite, self.seen = path, overwrite, mark_of(path)
+        self.record: dict[str, Any] = {}
+
+    def check(self) -> None:
+        """Raise UserError if what is there would be lost: an unfinished run, or what is no report."""
+        if self.path is None or self.overwrite or not self.seen or os.path.getsize(self.path) == 0:
+            return
+        try:
+            if not is_complete(self.path):
+                way = "give another name" if is_csv(self.path) else "go on with it by --resume"
+                raise UserError(f"{self.path!r} holds an unfinished run: {way}")
+        except UserError as error:
+            raise UserError(f"output {error}, or --overwrite to lose it") from error
+
+    def write(self, run: Run, complete: bool) -> str:
+        """Write what run has, if it has anything, atomically, by one process. Return words on what there is."""
+        rows = all_results(run)
+        if self.path is None or not rows or processes.index() > 0:
+            return ""
+        if not self.overwrite and mark_of(self.path) != self.seen:
+            taken, self.path = self.path, unused_name(self.path)
+            notify(f"{taken!r} was written by another since this run began: writing to {self.path!r} instead")
+        whole = {**self.record, "complete": complete, "results": rows}
+        text = as_csv(rows, complete) if is_csv(self.path) else as_json(whole)
+        write_atomically(self.path, lambda file: file.write(text.encode("utf-8", "backslashreplace")))
+        self.seen = mark_of(self.path)
+        count, total = sum(run.count.values()), sum(map(len, run.texts.values()))
+        advice = "" if is_csv(self.path) else ", and --resume goes on from there"
+        return f"{self.path} has {count} of {total} windows{advice}"
+
+    def unfinished(self, texts: Mapping[str, Tensor], decisive: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the report of the interrupted run that is there, {} if none is.
+
+        Raises UserError if it is of another run than record says; decisive is {flag that decides figures: what it is
+        where a report does not say}. A larger --limit goes on if the first windows of texts are the same.
+        """
+        if self.seen is None:
+            notify(f"--resume: {self.path!r} does not exist yet: starting from the beginning")
+            return {}
+        try:
+            there, settings, path = read_report(self.path or ""), self.record["settings"], self.path
+        except UserError as error:
+            raise UserError(f"--resume: {error}") from error
+        same = {name: (self.record[name], there[name]) for name in ("script", "model")}
+        same |= {name: (settings[name], there["settings"].get(name, usual)) for name, usual in decisive.items()}
+        ours, limit = self.record["sha256"], there["settings"].get("limit")
+        if type(limit) is int and 0 < limit < settings["limit"]:
+            del same["limit"]
+            ours = ours | digests({name: windows[:limit] for name, windows in texts.items()}, None)
+        for name, (mine, theirs) in same.items():
+            if mine != theirs:
+                raise UserError(f"--resume: {path!r} is of another run: {name} is {mine!r} here and {theirs!r} there")
+        for name, digest in ours.items():
+            if digest != there["sha256"].get(name):
+                raise UserError(f"--resume: {path!r} is of another run: the content of {name} is another")
+        return there
+
+
+def unused_name(path: str) -> str:
+    """Return path with a number that no file has, before its ending."""
+    start, ending = os.path.splitext(path)
+    return next(name for n in itertools.count(2) if not os.path.exists(name := f"{start}-{n}{ending}"))
+
+
+def digests(texts: Mapping[str, Tensor], quantizer_path: str | None) -> dict[str, str]:
+    """Return {what: sha256} of each text's token ids, and of the quantizer file."""
+    read = {dataset: windows.numpy().tobytes() for dataset, windows in texts.items()}
+    if quantizer_path is not None:
+        read["quantizers"] = Path(quantizer_path).read_bytes()
+    return {name: sha256(content).hexdigest() for name, content in read.items()}
+
+
+def take_over(run: Run, path: str, known: Mapping, environment: Mapping) -> None:
+    """Put the figures of the report that path held into run. UserError if they are of other rows, or are no figures."""
+    if known.get("environment") != environment:
+        notify(f"--resume: {path!r} was begun on another device, or with other versions: last digits may differ")
+    try:
+        for dataset in run.texts:
+            rows = [row for row in known["results"] if row["dataset"] == dataset]
+            if rows and [(row["abits"], row["quantized"]) for row in rows] != [row[:2] for row in run.rows]:
+                raise ValueError(f"{dataset} has other rows")
+            if rows and len(rows[0]["window_nll"]):
+                figures = torch.stack([window_figures(row) for row in rows], 1)  # [n,S,F]
+                run.add(dataset, figures, math.fsum(max(0.0, float(row["seconds"])) for row in rows))
+                as_json({"results": results(run, dataset)})  # no figure is inf or nan
+    except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError) as error:
+        raise UserError(f"--resume: {path!r} holds figures that cannot be continued: {error}") from error
+
+
+MOST = {"nll": 690, "top1_agreement": 1, "key_bits": 64, "value_bits": 64}  # of a figure; the least is 0
+
+
+def window_figures(row: Mapping) -> Tensor:
+    """Return [n,len(FIGURES)] from the window_ lists of a row. ValueError for what cannot have been measured."""
+    columns = []
+    for name in FIGURES:
+        values, most = row[f"window_{name}"], MOST.get(name, 1e9)
+        bad = [value for value in values if not (type(value) in (int, float) and 0 <= value <= most)]
+        if bad and (name == "nll" or bad != [None] * len(values)):
+            raise ValueError(f"window_{name} of {row['dataset']} has {bad[0]!r}")
+        columns.append([math.nan if value is None else value for value in values])
+    return torch.tensor(columns, dtype=torch.float64).T
