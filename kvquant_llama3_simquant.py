@@ -60,7 +60,8 @@ def with_stored(flags: CalibratedFlags, given: dict, stored: dict) -> Calibrated
         for part in ("keys", "values"):
             has = {width.of(part) for width in stored["abits"]}
             if lacks := {width.of(part) for width in given.get("abits", ())} - has - {16}:
-                raise ArgumentTypeError(f"--abits: {path!r} has {part} of {sorted(has)} bits, and not {sorted(lacks)}")
+                known, lacking = (" and ".join(map(str, sorted(each, reverse=True))) for each in (has, lacks))
+                raise ArgumentTypeError(f"--abits: {path!r} has {part} of {known} bits, and not of {lacking}")
     elif "abits" not in given:
         raise ArgumentTypeError(f"{path!r} does not say how many bits it is for: give --abits")
     for name in (name for name in stored if name in given and name not in ("abits", "skip_layers")):

@@ -41,7 +41,11 @@ class CalibratedFlags(CalibrationFlags, Flags):
     def refusals(self, given: Mapping[str, Any]) -> dict[str, bool]:
         """See Flags."""
         refused = [name for name in given if with_calibrate(name) == "refused"]
-        return super().refusals(given) | {
+        misplaced = {
+            f"--{' --'.join(refused)} is for an evaluation: leave it out with --calibrate":
+                self.calibrate and bool(refused),
+        }  # fmt: skip
+        return misplaced | super().refusals(given) | {
             "--fisher weighs the fit of a NUQ codebook: add --nuq, or leave it out":
                 self.fisher and self.kv_format != "nuq",
             f"--clamp rounds the zero point of uniform levels, and {self.kv_format} has none":
@@ -50,8 +54,6 @@ class CalibratedFlags(CalibrationFlags, Flags):
                 self.cap_outliers is not None and not (self.include_sparse and self.perchannel),
             "--export_kvquant writes one width: give one in --abits":
                 self.export_kvquant is not None and len({*self.abits} - {BASELINE}) != 1,
-            f"--{' --'.join(refused)} is for an evaluation: leave it out with --calibrate":
-                self.calibrate and bool(refused),
             "--calibrate has nothing to fit at 16 bits: leave it out of --abits":
                 self.calibrate and BASELINE in self.abits,
             "--quantizer_path FILE is missing: where --calibrate saves to, or saved to":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -39,7 +40,12 @@ def begin(flags: Flags, given: Mapping[str, Any]) -> None:
     qu.PROGRESS.update(progress_options(flags.quiet))
     for complaint in flags.vain(given):
         notify(complaint)
+    lonely = f"waiting for {processes.count()} processes, as WORLD_SIZE says: `accelerate launch` starts them"
+    patience = threading.Timer(20, notify, [lonely])
+    patience.daemon = True
+    patience.start()
     processes.gather([None])  # before anything that takes long
+    patience.cancel()
 
 
 def checked_sites(model, flags: Flags) -> list[PlacedSite]:

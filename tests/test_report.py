@@ -27,7 +27,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from quant_utils import ScalarQuantizer, Site, UserError
-from simquant import plots, report, report_file
+from simquant import plots, report, report_file, tables
 from simquant.flags import Flags
 from simquant.methods import Row
 from simquant.parsing import decisive
@@ -157,7 +157,7 @@ def test_a_narrow_terminal_folds_the_table_loses_no_figure_and_shows_a_bar(sweep
     assert status == 0 and re.findall(r"\x1b\[[\d;:]*m", written) == []
     assert "18/18" in written or "6/6" in written
     assert re.search(r"ppl \d+\.\d{4} \d+\.\d{4} \d+\.\d{4}", written)
-    parts = re.findall(r"^ *text abits .*\n(?:sample.txt .*\n){3}", written, re.MULTILINE)
+    parts = re.findall(r"[\r\n]( *text abits .*\n(?:sample.txt .*\n){3})", written)
     assert len(parts) == 2 and all(len(line) <= 70 for part in parts for line in part.splitlines())
     folded = [first.split() + second.split()[2:] for first, second in zip(*map(str.splitlines, parts), strict=True)]
     assert folded == table(sweep[0].stdout) and len(sweep[0].stdout.splitlines()[0]) > 70
@@ -241,6 +241,84 @@ def test_resume_with_another_setting_text_or_checkpoint_is_refused_and_the_file_
     save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
     assert_one_line_error(run_script(*command, "--resume"), "another run", "the content of model weights is another")
     assert out.read_bytes() == before
+
+
+def test_what_others_wrote_is_not_replaced(sweep, tmp_path):
+    """A run that was interrupted, a file of another kind, or, meanwhile, another run."""
+    out, killer = (
+        tmp_path / "out.json",
+        killed(tmp_path, BATCH, 1, "SIGTERM", *SWEEP, "--output", tmp_path / "out.json"),
+    )
+    assert killer.returncode == 143 and table(killer.stdout)[0][-1] == "windows" and table(killer.stdout)[1][-1] == "2"
+    unfinished = out.read_bytes()
+    process = run_script(DYNAMIC_SCRIPT, NANO, *SWEEP, "--output", out)
+    assert_one_line_error(process, "out.json' holds an unfinished run: go on with it by --resume, or --overwrite")
+    body = f"""
+from simquant import run
+whole = run.measure_and_save
+def other_first(*args):
+    with open({str(out)!r}, "w") as file:
+        file.write("another's")
+    return whole(*args)
+run.measure_and_save = other_first
+"""
+    process = run_script(driver(tmp_path, body), DYNAMIC_SCRIPT, NANO, *SWEEP, "--output", out, "--resume")
+    assert process.returncode == 0 and f"writing to '{tmp_path}/out-2.json' instead" in process.stderr
+    assert out.read_text() == "another's" and figures(tmp_path / "out-2.json") == figures(sweep[1])
+    for name, content in (
+        ("a.json", '{"results": []}'), ("b.json", unfinished), ("a.csv", "a,b\n1,2\n"), ("c.json", "\0"),
+        ("b.csv", "dataset,abits,ppl,complete\nx,4,3.5,False\n"),
+    ):  # fmt: skip
+        (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+        with pytest.raises(
+            UserError, match=f"^output '{tmp_path / name}' (is no|holds an) .*, or --overwrite to lose it"
+        ):
+            report_file.ReportFile(str(tmp_path / name), overwrite=False).check()
+        report_file.ReportFile(str(tmp_path / name), overwrite=True).check()
+    (tmp_path / "b.csv").write_text("dataset,abits,ppl,complete\nx,4,3.5,True\n")
+    (tmp_path / "c.json").write_bytes(b"")
+    for name in ("b.csv", "c.json", "new.json", "out-2.json"):
+        report_file.ReportFile(str(tmp_path / name), overwrite=False).check()
+
+
+def test_a_reader_that_has_left_costs_no_file(sweep, tmp_path):
+    closed, files = "reader, writer = os.pipe()\nos.close(reader)\nos.dup2(writer, 1)", ("o.json", "p.png", "k.svg")
+    out, plot, activations = (tmp_path / name for name in files)
+    flags = ("--output", out, "--plot", plot, "--plot_activations", activations)
+    process = run_script(driver(tmp_path, closed), DYNAMIC_SCRIPT, NANO, *SWEEP, *flags)
+    assert (process.returncode, process.stderr) == (1, "kvquant_simquant_ppl_eval.py: error: Broken pipe\n")
+    assert figures(out) == figures(sweep[1]) and all(file.stat().st_size > 1000 for file in (plot, activations))
+
+
+def test_a_larger_limit_goes_on_and_a_smaller_one_is_another_run(sweep, tmp_path):
+    out = tmp_path / "out.json"
+    assert run_script(DYNAMIC_SCRIPT, NANO, *SWEEP, "--limit", "4", "--output", out).returncode == 0
+    process = killed(tmp_path, BATCH, 1, "SIGTERM", *SWEEP, "--output", out, "--resume")  # one batch more is left
+    assert process.returncode == 0 and figures(out) == figures(sweep[1])
+    process = run_script(DYNAMIC_SCRIPT, NANO, *SWEEP, "--limit", "4", "--output", out, "--resume")
+    assert_one_line_error(process, "another run: limit is 4 here and 6 there")
+
+
+def test_without_a_terminal_progress_is_lines(tmp_path):
+    """As under nohup, every minute; here every batch."""
+    script = driver(tmp_path, "from simquant import notices\nnotices.LINE_EVERY = 0")
+    process, quiet = (run_script(script, DYNAMIC_SCRIPT, NANO, *SWEEP, *more) for more in ((), ("--quiet",)))
+    line = r"measure: (\d) of 6 windows, \S+ left(, ppl [\d. ]+)?"
+    assert quiet.stderr == "" and [re.fullmatch(line, each)[1] for each in process.stderr.splitlines()] == [*"0246"]
+
+
+def test_cells_are_readable_whatever_they_hold(sweep):
+    rows = [{**row, "ppl": 1e37, "dataset": "/some/a\x1b[31m_b.txt"} for row in sweep[1]["results"]]
+    shown = tables.table(rows, ("ppl", "kl"))
+    assert "a?[31m_b.txt     4 1.0000e+37 0.0" in shown and "\x1b" not in shown and "1.0000e+37" in shown
+    twice = [{**row, "dataset": f"/{folder}/x.txt"} for folder in "ab" for row in rows]
+    assert [line.split()[0] for line in tables.table(twice).splitlines()] == [
+        "text",
+        *["/a/x.txt"] * 3,
+        *["/b/x.txt"] * 3,
+    ]
+    alone = [{**row, "delta_ppl": None, "kl": None} for row in rows[1:]]
+    assert tables.table(alone, ("delta_ppl", "kl", "tokens")).split("\n")[0].split() == ["text", "abits", "tokens"]
 
 
 def resumed(path, whole, content):

@@ -80,7 +80,7 @@ def test_an_evaluation_takes_its_settings_and_chooses_its_widths_from_the_file(c
 
 def test_what_contradicts_the_file_is_refused(calibrated):
     for flags, said in {
-        "--abits 16,4,3": "keys of [2, 4] bits, and not [3]",
+        "--abits 16,4,3": "keys of 4 and 2 bits, and not of 3",
         "--sparsity_threshold 0.95": "sparsity_threshold: 0.95 on the command line contradicts 0.99 in",
         "--perchannel": "perchannel: () on the command line contradicts ('k_proj',)",
         "--nf": "kv_format: nf on the command line contradicts nuq",
