@@ -1,6 +1,7 @@
 """The core, against closed forms, loops over single entries, numpy, scikit-learn, autograd and the published code."""
 
 import itertools
+import json
 import math
 import random
 import statistics
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import transformers as hf
-from conftest import ASSETS, measured
+from conftest import ASSETS, ROOT, measured
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
@@ -461,3 +462,9 @@ def test_the_paired_standard_error_is_that_of_a_bootstrap_over_windows(count, sh
     assert ours["delta_ppl_se"] < qu.perplexity(nll) * standard_error(nll) / 2
     assert ours["delta_ppl"] == pytest.approx(math.exp(statistics.fmean(nll)) - math.exp(statistics.fmean(baseline)))
     assert qu.perplexity([1e9]) == math.inf and math.isnan(qu.perplexity([math.nan])) and standard_error([1.0]) is None
+
+
+def test_the_python_example_of_the_docs_gives_what_the_script_prints(capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    exec((ROOT / "docs" / "python.md").read_text(encoding="utf-8").split("```python\n")[1].split("```")[0], {})
+    assert json.loads(capsys.readouterr().out) == pytest.approx([22.7961, 22.9889], rel=1e-4)
