@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -22,15 +22,15 @@ class Place:
     """Which module of an attention layer gives its keys or its values last on their way to RoPE and the cache.
 
     module  its name in the layer
-    heads   which axis holds the heads: 2 of [B,T,H,D], 1 of [B,H,T,D]; asked only if T is H, else the shape tells
     block   which block of channels of a fused projection, counted from the end of its run: -1 or -2; None: it is none
     runs    of how many equal runs of blocks a fused projection's output consists
+    axis    which axis holds the heads: 2 of [B,T,H,D], 1 of [B,H,T,D]; asked only if T is H, else the shape tells
     """
 
     module: str
-    heads: int = 2
     block: int | None = None
     runs: int = 1
+    axis: int = 2
 
 
 @dataclass(frozen=True)
@@ -55,9 +55,10 @@ class PlacedSite(Site):
 
     def heads_first(self, out: Tensor) -> bool:
         """Return whether out is [B,H,T,D]."""
-        heads = self.channels // out.shape[-1]
-        first, second = (size == heads for size in out.shape[1:3])
-        return out.ndim == 4 and (first if first != second else self.place.heads == 1)
+        if out.ndim != 4:
+            return False
+        first, second = (size == self.channels // out.shape[-1] for size in out.shape[1:3])
+        return first if first != second else self.place.axis == 1
 
     def read(self, out: Tensor) -> Tensor:
         """See Site."""
@@ -81,32 +82,26 @@ def fused(module: str, runs: int = 1, keys: int = -2, values: int = -1) -> dict[
 
 
 # What a layer's modules do not tell, by the model_type of the config: which part of a fused projection keys and values
-# are, and where heads come before tokens. Elsewhere keys are the output of k_norm, or what it may be called, or else of
-# k_proj. One more is one line here: check_against_cache and tests/test_sites.py see whether it is right.
-HEADS_FIRST = {"keys": Place("k_norm", heads=1)}
+# are. Elsewhere keys are the output of k_norm, or what it may be called, or else of k_proj. One more is one line here:
+# check_against_cache and tests/test_sites.py see whether it is right.
 FAMILIES: dict[str, dict[str, Place]] = {
-    "apertus": HEADS_FIRST,
     "bloom": fused("query_key_value", HEADS),
     "codegen": fused("qkv_proj", runs=4, keys=-1, values=-2),
-    "exaone4": HEADS_FIRST,
-    "exaone_moe": HEADS_FIRST,
     "falcon": fused("query_key_value", HEADS),
-    "gemma3_text": HEADS_FIRST,
     "gpt2": fused("c_attn"),
     "gpt_bigcode": fused("c_attn", HEADS),
     "gpt_neox": fused("query_key_value", HEADS),
     "gpt_neox_japanese": fused("query_key_value", HEADS),
-    "hy_v3": HEADS_FIRST,
     "jetmoe": fused("kv_proj"),
     "mpt": fused("Wqkv"),
-    "persimmon": {"values": Place("query_key_value", block=-1, runs=HEADS)},
-    "phi": {"keys": Place("k_layernorm", heads=1)},
+    "persimmon": fused("query_key_value", HEADS),
     "phi3": fused("qkv_proj"),
-    "stablelm": {"keys": Place("k_layernorm", heads=1)},
 }
+HEADS_FIRST = {"apertus", "exaone4", "exaone_moe", "gemma3_text", "hy_v3", "phi", "stablelm"}  # norms get [B,H,T,D]
 USUAL = {"keys": Place("k_proj"), "values": Place("v_proj")}
-NORMS = {"keys": r"k(ey)?_(layer_?)?norm", "values": r"v(alue)?_(layer_?)?norm"}  # names of norms behind a projection
-UNCACHED = ("linear_attention", "conv", "mamba", "recurrent")  # kinds of layers with a state instead of keys and values
+NORMS = {"keys": r"k(ey)?_(layer_?)?norm$", "values": r"v(alue)?_(layer_?)?norm$"}  # names of norms behind a projection
+SHARES = "is_kv_shared_layer"  # what says of an attention layer that it reads what another one has cached
+UNCACHED = ("linear_attention", "conv", "mamba")  # kinds of layers with a state instead of keys and values
 
 
 def projections(model) -> dict[str, nn.Module]:
@@ -119,36 +114,31 @@ def projections(model) -> dict[str, nn.Module]:
     return found
 
 
-def places_of(attention: nn.Module, family: Mapping[str, Place]) -> dict[str, Place]:
-    """Return {part: where it is} of a layer, given what its family's line says; not both parts if it is unknown."""
+def places_of(attention: nn.Module, kind: str) -> dict[str, Place]:
+    """Return {part: where it is} of a layer in a family; not both parts if that is unknown."""
     children = [name for name, _ in attention.named_children()]
-    found = []
-    for part, usual in USUAL.items():
-        norms = [Place(name) for name in children if re.fullmatch(NORMS[part], name)]
-        options = [*([family[part]] if part in family else []), *norms, usual]
-        found += [(part, place) for place in options if place.module in children][:1]
-    return dict(found)
+    places: dict[str, Place] = {}
+    for part, line in (USUAL | FAMILIES.get(kind, {})).items():
+        norms = [Place(name, axis=1 if kind in HEADS_FIRST else 2) for name in children if re.match(NORMS[part], name)]
+        place = [*norms, line][0]
+        places |= {part: place} if place.module in children else {}
+    return places
 
 
 def attention_layers(model) -> Iterator[tuple[str, nn.Module, dict[str, Place]]]:
     """Yield (name, module, where its keys and values are) of every layer that caches its own, in model order."""
     config, decoder = model.config.get_text_config(decoder=True), set(model.get_decoder().modules())
-    kinds, family = getattr(config, "layer_types", None) or [], FAMILIES.get(config.model_type, {})
+    kinds: dict[Any, str] = dict(enumerate(getattr(config, "layer_types", None) or []))
     for name, module in model.named_modules():
-        places, at = places_of(module, family), getattr(module, "layer_idx", None)
-        is_linear = at is not None and at < len(kinds) and kinds[at] in UNCACHED
-        if module in decoder and len(places) == len(USUAL) and not is_linear and not shares(module):
+        places = places_of(module, config.model_type)
+        is_cacheless = kinds.get(getattr(module, "layer_idx", None)) in UNCACHED or getattr(module, SHARES, False)
+        if module in decoder and len(places) == len(USUAL) and not is_cacheless:
             yield name, module, places
-
-
-def shares(module: nn.Module) -> bool:
-    """Return whether an attention layer reads what another one has cached (as in Gemma 3n)."""
-    return bool(getattr(module, "is_kv_shared_layer", False))
 
 
 def layers_without_attention(model, sites: Sequence[Site]) -> int:
     """Return how many decoder layers cache no keys and values, of their own or of another layer."""
-    sharing = sum(map(shares, model.get_decoder().modules()))
+    sharing = sum(getattr(module, SHARES, False) for module in model.get_decoder().modules())
     return model.config.get_text_config(decoder=True).num_hidden_layers - len({site.layer for site in sites}) - sharing
 
 
@@ -160,9 +150,8 @@ def heads_of(attention: nn.Module, config) -> int:
 
 def channels_of(attention: nn.Module, projection: Any, config) -> int:
     """Return C of an attention layer (quantized weights are packed, so their shape does not tell)."""
-    width = getattr(projection, "out_features", None) or getattr(getattr(projection, "weight", None), "shape", [0])[-1]
-    if width:
-        return width
+    if hasattr(projection, "out_features"):
+        return projection.out_features
     head_dim = getattr(attention, "head_dim", None) or getattr(config, "head_dim", None)
     return heads_of(attention, config) * (head_dim or config.hidden_size // config.num_attention_heads)
 
@@ -196,9 +185,8 @@ def check_sites(model, sites: Sequence[Site]) -> None:
     attentions = [attention for _, attention, _ in attention_layers(model)]
     if any(getattr(each, "clip_qkv", None) for each in (model.config.get_text_config(decoder=True), *attentions)):
         raise UserError(f"{kind} clips keys and values behind the projections (clip_qkv): not supported yet")
-    for name in {name for attention in attentions for name, _ in attention.named_children()}:
-        if re.fullmatch(r"qk_(layer_?)?norm", name):
-            raise UserError(f"{kind} normalizes queries and keys alike ({name}): this family is not supported yet")
+    if any(isinstance(getattr(each, "qk_norm", None), nn.Module) for each in attentions):
+        raise UserError(f"{kind} normalizes queries and keys alike (qk_norm): this family is not supported yet")
 
 
 @torch.inference_mode()
@@ -241,6 +229,8 @@ def check_against_cache(model, sites: Sequence[PlacedSite]) -> None:
             raise
         reason, where = " ".join(str(error).split())[:200], f"{dtype_name(model)} on {model.device}"
         raise UserError(f"{kind} does not run in {where}: {reason}; try another --dtype") from error
+    if not layers:
+        raise UserError(f"{kind} returns no cache that could be compared with: not supported in this transformers")
     for site in sites:
         held = getattr(layers[site.layer], site.part, None) if site.layer < len(layers) else None
         if site in given and not given[site].isfinite().all():
@@ -250,8 +240,8 @@ def check_against_cache(model, sites: Sequence[PlacedSite]) -> None:
         if not is_same(site.part, given[site], held[0].transpose(0, 1), model.dtype):
             raise UserError(f"{kind} caches other {site.part} than {site.name} gives: this family is not supported yet")
         if site in changed:
-            reason = f"changes its {site.part} before {site.place.module} (RoPE comes first, maybe)"
-            raise UserError(f"{kind} {reason}: this family is not supported yet")
+            before = f"{site.place.module} (by RoPE, maybe)"
+            raise UserError(f"{kind} changes its {site.part} before {before}: this family is not supported yet")
 
 
 def is_same(part: str, given: Tensor, held: Tensor, dtype: torch.dtype) -> bool:
