@@ -170,6 +170,7 @@ def watched_pass(model, ids):
 
     def watch_site(module, args, out, site):
         seen[site] = site.read(out)[0]
+        assert torch.equal(site.write(out, site.read(out)), out)
 
     for name, module in model.named_modules():
         if match := re.search(r"\.(\d+)\.(self_attn|self_attention|attention|attn|mixer)$", name):
@@ -196,9 +197,10 @@ def test_the_cache_holds_what_passes_the_sites_with_keys_turned_by_rope(family, 
         seen, turns, cache = watched_pass(family, ids)
     layers = [at for at, layer in enumerate(cache.layers) if getattr(layer, "keys", None) is not None]
     assert layers and sorted(site.key for site in seen) == [(at, part) for at in layers for part in qu.PARTS]
-    assert any(turns[at] is not None for at in layers) == (
-        kind not in NO_ROPE and not getattr(family.config, "alibi", False)
-    )
+    has_rope = kind not in NO_ROPE and not getattr(family.config, "alibi", False)
+    assert any(turns[at] is not None for at in layers) == has_rope
+    others = family.config.num_hidden_layers - len(layers) - (getattr(family.config, "num_kv_shared_layers", 0) or 0)
+    assert sites.layers_without_attention(family, list(seen)) == others
     for site, given in seen.items():
         held = getattr(cache.layers[site.layer], site.part)[0].transpose(0, 1).double()  # [T,H,D]
         expected = given[-len(held) :].double().unflatten(-1, (-1, held.shape[-1]))  # a window keeps the last tokens
