@@ -102,6 +102,11 @@ class Site:
         """(layer, part): what tells sites apart, in a file too."""
         return self.layer, self.part
 
+    @property
+    def device(self) -> torch.device:
+        """Where its module computes."""
+        return device_of(self.module)
+
     def read(self, out: Tensor) -> Tensor:
         """Return [B,T,C] from the module's output."""
         return out
@@ -554,7 +559,7 @@ def input_device(model) -> torch.device:
 
 def on_device(setting: Setting) -> Setting:
     """Return the same with each quantizer where its module computes."""
-    return {site: quantizer.to(device_of(site.module)) for site, quantizer in setting.items()}
+    return {site: quantizer.to(site.device) for site, quantizer in setting.items()}
 
 
 def dtype_name(model) -> str:
@@ -626,7 +631,7 @@ def calibrate(
     gradients = record(model, needing, windows, gradients=True) if needing and gradients is None else gradients or {}
     taps = {label: make_taps(setting) for label, setting in settings.items()}
     for site in sites:
-        x = activations[site].to(device_of(site.module))
+        x = activations[site].to(site.device)
         grad = gradients[site].to(x.device) if site in gradients else None
         if not x.isfinite().all():
             raise UserError(f"{site.name} gives nan or inf, or never ran, {advice_on_overflow(model)}")

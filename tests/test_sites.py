@@ -1,14 +1,18 @@
 """Every family of models: what is quantized is what its cache would hold before RoPE."""
 
+import logging
 import math
 import re
+import warnings
 from dataclasses import replace
 from functools import partial
 
 import pytest
 import torch
+import torch.nn.functional as F
+import transformers
 from conftest import ROOT
-from transformers import AutoConfig, AutoModelForCausalLM, Gemma3Config, Gemma3ForConditionalGeneration
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
 
 import quant_utils as qu
 from simquant import sites, speed
@@ -28,6 +32,18 @@ YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max
 EXPERTS = {"moe_intermediate_size": 16, "num_experts_per_tok": 2}
 FEW_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2}
 WINDOW = {"sliding_window": 8}
+LINEAR = {
+    "layer_types": ["linear_attention", "full_attention"], "linear_num_key_heads": 2, "linear_num_value_heads": 4,
+    "linear_key_head_dim": 8, "linear_value_head_dim": 8,
+}  # fmt: skip
+MAMBA = {"mamba_d_state": 8, "mamba_n_heads": 8, "mamba_d_head": 8, "mamba_n_groups": 1}
+SHARING = {  # the last two layers read what the first two have cached
+    "num_hidden_layers": 4, "num_kv_shared_layers": 2, "layer_types": ["sliding_attention", "full_attention"] * 2,
+    "hidden_size_per_layer_input": 4, "vocab_size_per_layer_input": 48, **WINDOW,
+}  # fmt: skip
+OWN_HEADS = {"head_dim": None, "num_key_value_heads": None}  # that the config has no such settings
+CONV = {"layer_types": ["conv", "full_attention"]}
+SHARED_EXPERT = {"num_experts": 4, "shared_expert_intermediate_size": 16, **EXPERTS}
 FAMILIES = {
     "Llama (GQA)": ("llama", {}), "Llama (MHA)": ("llama", MHA), "Llama (MQA)": ("llama", MQA),
     "Llama 3.1, 3.2": ("llama", {"rope_parameters": LLAMA3_ROPE, "tie_word_embeddings": True}),
@@ -48,19 +64,67 @@ FAMILIES = {
     "StableLM": ("stablelm", {"qk_layernorm": True}),
     "GPT-OSS": ("gpt_oss", {"num_local_experts": 4, "num_experts_per_tok": 2}),
     "Seed-OSS": ("seed_oss", {}), "StarCoder2": ("starcoder2", {}), "Nemotron": ("nemotron", {}),
+    "Qwen3-Next": ("qwen3_next", LINEAR | SHARED_EXPERT), "Qwen3.5": ("qwen3_5_text", LINEAR),
+    "Qwen3.5-MoE": ("qwen3_5_moe_text", LINEAR | SHARED_EXPERT),
+    "LFM2": ("lfm2", CONV), "LFM2-MoE": ("lfm2_moe", CONV | {"num_experts": 4, "num_dense_layers": 1, **EXPERTS}),
+    "Gemma 3n": ("gemma3n_text", SHARING | {"altup_num_inputs": 2, "laurel_rank": 4}),
+    "Gemma 4": ("gemma4_text", SHARING | {"global_head_dim": 16}),
+    "Gemma 4, keys as values": ("gemma4_text", SHARING | {"attention_k_eq_v": True, "global_head_dim": 16}),
+    "Ministral 3": ("ministral3", {}), "EXAONE MoE": ("exaone_moe", FEW_EXPERTS), "Arcee": ("arcee", {}),
+    "ERNIE 4.5": ("ernie4_5", {}), "GLM": ("glm", {}),
+    "dots.llm1": ("dots1", {"n_routed_experts": 4, "n_shared_experts": 1, **EXPERTS}),
+    "AFMoE": ("afmoe", {"num_experts": 4, "num_dense_layers": 1, **EXPERTS, **WINDOW}),
+    "Solar Open": ("solar_open", {"n_routed_experts": 4, **EXPERTS}), "Helium": ("helium", {}), "Doge": ("doge", {}),
+    "Hunyuan 3": ("hy_v3", {"num_experts": 4, **EXPERTS}), "Laguna": ("laguna", {"num_experts": 4, **EXPERTS}),
+    "DiffLlama": ("diffllama", {}), "BitNet": ("bitnet", {}),
+    "Granite-MoE": ("granitemoe", {"num_local_experts": 4, "num_experts_per_tok": 2}),
+    "Granite 4": ("granitemoehybrid", {
+        "layer_types": ["mamba", "attention"], "position_embedding_type": "rope", **MAMBA,
+    }),
+    "Bamba": ("bamba", MAMBA | {"attn_layer_indices": [1]}),
+    "Jamba": ("jamba", {"attn_layer_period": 2, "attn_layer_offset": 1, "mamba_d_state": 8, "num_experts": 2}),
+    "Falcon-H1": ("falcon_h1", MAMBA | {"mamba_d_ssm": 64}),
+    "Nemotron-H": ("nemotron_h", {
+        "layers_block_type": ["mamba", "attention"], "mamba_num_heads": 8, "mamba_head_dim": 8, "n_groups": 1,
+    }),
+    "OLMo Hybrid": ("olmo_hybrid", LINEAR), "MiniMax-01": ("minimax", LINEAR | {"num_local_experts": 4}),
+    "JetMoE": ("jetmoe", {"kv_channels": 8, "num_local_experts": 4}), "GPT-J": ("gptj", {"rotary_dim": 4}),
+    "CodeGen": ("codegen", {"rotary_dim": 4}), "Persimmon": ("persimmon", MHA),
+    "Pythia (GPT-NeoX)": ("gpt_neox", MHA), "Japanese GPT-NeoX": ("gpt_neox_japanese", MHA),
+    "Falcon 7B": ("falcon", OWN_HEADS),
+    "Falcon 40B": ("falcon", {**OWN_HEADS, "new_decoder_architecture": True, "num_kv_heads": 2}),
+    "Falcon RW": ("falcon", {**OWN_HEADS, "multi_query": False, "alibi": True}),
+    "BLOOM": ("bloom", {}), "MPT": ("mpt", MHA),
+    "StarCoder (GPT-BigCode)": ("gpt_bigcode", MHA), "GPT-BigCode (MHA)": ("gpt_bigcode", {"multi_query": False}),
     "OPT": ("opt", {"num_attention_heads": 4, "word_embed_proj_dim": 32, "ffn_dim": 32}), "GPT-2": ("gpt2", None),
 }  # fmt: skip
-NEIGHBOURS = ("cohere", "cohere2", "glm4")  # RoPE turns neighbouring channels, not channels half a head apart
-NO_ROPE = ("gpt2", "opt")
+NEIGHBOURS = (
+    "cohere",
+    "cohere2",
+    "codegen",
+    "ernie4_5",
+    "glm",
+    "glm4",
+    "gptj",
+    "helium",
+)  # RoPE turns neighbouring channels, not channels half a head apart
+NO_ROPE = ("gpt2", "opt", "bloom", "mpt", "gpt_bigcode", "jamba", "nemotron_h")
 
 
 def tiny(kind, changes):
-    """A model of a family with random weights, whose channels and attention differ enough to be told apart."""
+    """A model of a family with random weights."""
+    if kind not in CONFIG_MAPPING:
+        pytest.skip(f"transformers {transformers.__version__} has no {kind}")
     torch.manual_seed(0)
     settings = {"vocab_size": 48, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64} if changes is None else {}
-    config = AutoConfig.for_model(kind, **(settings or TINY | changes))
-    model = AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
-    for name, weights in model.named_parameters():
+    settings = settings or {name: value for name, value in (TINY | changes).items() if value is not None}
+    config = AutoConfig.for_model(kind, **settings)
+    return lively(AutoModelForCausalLM.from_config(config))
+
+
+def lively(model):
+    """Let the channels and the attention of a model with random weights differ enough to be told apart."""
+    for name, weights in model.eval().requires_grad_(False).named_parameters():
         if "norm" in name or name.endswith("bias"):  # what initialization leaves alike in every channel
             weights.uniform_(0.5, 1.5)
         elif weights.ndim > 1:
@@ -82,9 +146,10 @@ def setting_of(model, keys=3, values=3, **options):
 def unturned(x, kind, embeddings):
     """Undo RoPE on x [T,H,D]: (cos, sin) [B,T,R] as the attention layer of that kind got them."""
     cos, sin = (each[0].double()[:, None] for each in embeddings)  # [T,1,R]; one entry for each pair is wanted
+    cos, sin = (sin, cos) if kind in ("codegen", "gptj") else (cos, sin)
     if kind in ("cohere", "cohere2"):
         cos, sin = cos[..., ::2], sin[..., ::2]
-    elif kind != "gpt_oss":
+    elif kind not in ("codegen", "gptj", "gpt_oss"):
         cos, sin = cos[..., : cos.shape[-1] // 2], sin[..., : sin.shape[-1] // 2]
     cos, sin = cos / (cos.square() + sin.square()), sin / (cos.square() + sin.square())
     turned, rest = x.split([2 * cos.shape[-1], x.shape[-1] - 2 * cos.shape[-1]], dim=-1)
@@ -99,34 +164,47 @@ def watched_pass(model, ids):
     seen, turns, handles = {}, {}, []
 
     def watch_attention(module, args, kwargs, layer):
-        turns[layer] = kwargs.get("position_embeddings") if getattr(module, "use_rope", True) else None
+        turns[layer] = kwargs.get("position_embeddings")
+        if not getattr(module, "use_rope", True) or kwargs.get("alibi") is not None:
+            turns[layer] = None
 
     def watch_site(module, args, out, site):
         seen[site] = site.read(out)[0]
+        assert torch.equal(site.write(out, site.read(out)), out)
 
     for name, module in model.named_modules():
-        if match := re.search(r"\.(\d+)\.(self_attn|attn)$", name):
+        if match := re.search(r"\.(\d+)\.(self_attn|self_attention|attention|attn|mixer)$", name):
             hook = partial(watch_attention, layer=int(match[1]))
             handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
     for site in sites.find_sites(model):
         handles.append(site.module.register_forward_hook(partial(watch_site, site=site)))
-    cache = model.get_decoder()(input_ids=ids, use_cache=True).past_key_values
+    output = model.get_decoder()(input_ids=ids, use_cache=True)
+    cache = output["cache" if "cache" in output else "past_key_values"]  # it was renamed in 5.24 or before
     for handle in handles:
         handle.remove()
     return seen, turns, cache
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize("is_quantized", [False, True], ids=["as it is", "quantized"])
-def test_the_cache_holds_what_passes_the_sites_with_keys_turned_by_rope(family, is_quantized):
-    kind, ids = family.config.model_type, torch.randint(3, 48, (1, 24))
+@pytest.mark.parametrize(
+    ("tokens", "is_quantized"),
+    [(24, False), (24, True), (2, False), (4, False)],
+    ids=["as it is", "quantized", "2 tokens", "4 tokens"],  # as many tokens as heads, too
+)
+def test_the_cache_holds_what_passes_the_sites_with_keys_turned_by_rope(family, tokens, is_quantized):
+    kind, ids = family.config.model_type, torch.randint(3, 48, (1, tokens))
     with qu.quantized(setting_of(family, 2, 3) if is_quantized else {}):
         seen, turns, cache = watched_pass(family, ids)
-    assert sorted(site.key for site in seen) == [(0, "keys"), (0, "values"), (1, "keys"), (1, "values")]
-    assert any(turn is not None for turn in turns.values()) == (kind not in NO_ROPE)
+    layers = [at for at, layer in enumerate(cache.layers) if getattr(layer, "keys", None) is not None]
+    assert layers and sorted(site.key for site in seen) == [(at, part) for at in layers for part in qu.PARTS]
+    has_rope = kind not in NO_ROPE and not getattr(family.config, "alibi", False)
+    assert any(turns[at] is not None for at in layers) == has_rope
+    others = family.config.num_hidden_layers - len(layers) - (getattr(family.config, "num_kv_shared_layers", 0) or 0)
+    assert sites.layers_without_attention(family, list(seen)) == others
     for site, given in seen.items():
         held = getattr(cache.layers[site.layer], site.part)[0].transpose(0, 1).double()  # [T,H,D]
-        expected = given[-len(held) :].double().reshape(held.shape)  # a sliding window keeps the last tokens
+        expected = given[-len(held) :].double().unflatten(-1, (-1, held.shape[-1]))  # a window keeps the last tokens
+        expected = expected.repeat_interleave(held.shape[1] // expected.shape[1], dim=1)  # Falcon 40B copies heads
         if site.part == "keys" and turns[site.layer] is not None:
             assert not torch.allclose(expected, held, rtol=1e-2)  # it is before RoPE, not behind it
             held = unturned(held, kind, [each[:, -len(held) :] for each in turns[site.layer]])
@@ -148,7 +226,7 @@ def test_every_family_is_checked_calibrated_and_evaluated(family):
         errors.append(((given.values - x)[:, 1:].square().sum() / x[:, 1:].square().sum()).item())
 
     fitted = qu.calibrate(family, windows, {3: setting}, on_fit=on_fit)[3]
-    assert len(errors) == 4 and max(errors) < 0.2
+    assert len(errors) == len(found) and max(errors) < 0.2
     figures = torch.cat(list(qu.evaluate(family, found, windows, [{}, fitted])))
     loss, divergence, _, key_bits, value_bits = figures.unbind(-1)
     assert loss.isfinite().all() and (divergence[:, 1] > 0).all() and (loss[:, 0] != loss[:, 1]).all()
@@ -156,7 +234,7 @@ def test_every_family_is_checked_calibrated_and_evaluated(family):
     assert ((key_bits[:, 1] > 3) & (key_bits[:, 1] < value_bits[:, 1]) & (value_bits[:, 1] < 16)).all()
 
 
-@pytest.mark.parametrize("name", ["Qwen3", "Gemma 3", "Phi-3, Phi-4"])
+@pytest.mark.parametrize("name", ["Qwen3", "Gemma 3", "Phi-3, Phi-4", "Pythia (GPT-NeoX)"])
 def test_sites_behind_norms_and_in_fused_projections_are_compiled(name):
     kind, changes = FAMILIES[name]
     model, ids = tiny(kind, changes | {"num_hidden_layers": 1}), torch.randint(3, 48, (1, 24))
@@ -169,7 +247,7 @@ def test_sites_behind_norms_and_in_fused_projections_are_compiled(name):
 
 
 def test_the_table_in_the_docs_is_this_one_and_every_line_of_the_site_table_is_tested():
-    assert set(sites.FAMILIES) <= {kind for kind, _ in FAMILIES.values()}
+    assert sites.HEADS_FIRST.union(sites.FAMILIES) <= {kind for kind, _ in FAMILIES.values()}
     text = (ROOT / "docs" / "models.md").read_text(encoding="utf-8")
     table = text[text.index("| family | loads |") :].split("\n\n")[0].splitlines()[2:]
     rows = {name: where for name, _, _, where in (row.strip("| ").split(" | ") for row in table)}
@@ -179,15 +257,62 @@ def test_the_table_in_the_docs_is_this_one_and_every_line_of_the_site_table_is_t
         assert where == f"`{place.module}`" + (", a slice" if place.block is not None else "")
 
 
-def test_a_vision_tower_caches_nothing():
-    text = {**TINY, **MQA}
-    vision = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
-    config = Gemma3Config(text_config=text, vision_config={**vision, "image_size": 28, "patch_size": 14})
-    model = Gemma3ForConditionalGeneration(config).eval()
-    found = sites.find_sites(model)
-    assert sum(name.endswith("k_proj") for name, _ in model.named_modules()) == 3
-    assert [site.key for site in found] == [(layer, part) for layer in (0, 1) for part in ("keys", "values")]
-    assert not any("vision" in site.name for site in found)
+ROPE_3D = {"rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 10000.0}}
+VISION = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+PATCHES = {**VISION, "image_size": 28, "patch_size": 14}
+TOWER = {"depth": 1, "hidden_size": 16, "num_heads": 2, "intermediate_size": 16, "out_hidden_size": 32, "patch_size": 2}
+MULTIMODAL = {  # class: settings of the decoder, of the vision tower
+    "Gemma3": (WINDOW, PATCHES),
+    "Gemma4": (SHARING | {"global_head_dim": 16}, {**PATCHES, "num_key_value_heads": 2, "head_dim": 8}),
+    "Llava": ({"model_type": "llama"}, {"model_type": "clip_vision_model", **PATCHES}),
+    "Mistral3": ({"model_type": "ministral3"}, {"model_type": "pixtral", "head_dim": 8, **PATCHES}),
+    "Qwen2_5_VL": (ROPE_3D, TOWER),
+    "Qwen3VL": ({}, TOWER | {"num_position_embeddings": 16, "deepstack_visual_indexes": [0]}),
+    "Qwen3_5": (LINEAR, TOWER | {"num_position_embeddings": 16}),
+}
+
+
+@pytest.mark.parametrize("name", MULTIMODAL)
+def test_a_model_that_sees_images_is_measured_on_text(name):
+    text, vision = MULTIMODAL[name]
+    if not hasattr(transformers, f"{name}Config"):
+        pytest.skip(f"transformers {transformers.__version__} has no {name}")
+    config = getattr(transformers, f"{name}Config")(text_config=TINY | text, vision_config=vision)
+    torch.manual_seed(0)
+    model = lively(getattr(transformers, f"{name}ForConditionalGeneration")(config))
+    found, windows = sites.find_sites(model), torch.randint(3, 48, (2, 24))
+    assert found and not any("vis" in site.name for site in found)
+    sites.check_sites(model, found)
+    sites.check_against_cache(model, found)
+    figures = torch.cat(list(qu.evaluate(model, found, windows, [{}, setting_of(model, 2, 2)])))
+    with torch.inference_mode():
+        logits = model(input_ids=windows, use_cache=False).logits
+    expected = F.cross_entropy(logits[:, :-1].mT, windows[:, 1:], reduction="none").mean(1).double()
+    torch.testing.assert_close(figures[:, 0, 0], expected, rtol=1e-4, atol=0)
+    assert (figures[:, 1, 1] > 1e-4).all()
+
+
+def test_a_site_is_where_its_layer_is_even_if_its_own_module_has_no_weights():
+    found = sites.find_sites(tiny(*FAMILIES["Gemma 3n"]).to("meta"))
+    assert not [*found[1].module.parameters(), *found[1].module.buffers()]
+    assert {site.device.type for site in found} == {"meta"}
+
+
+@pytest.mark.parametrize("name", ["Llama (GQA)", "Gemma 3n", "Qwen3-Next"])
+def test_nothing_that_we_call_is_deprecated(name):
+    model, messages, logger = tiny(*FAMILIES[name]), [], logging.getLogger("transformers")
+    transformers.utils.logging.warning_once.cache_clear()
+    handler = logging.Handler()
+    handler.emit = lambda record: messages.append(record.getMessage())
+    logger.addHandler(handler)
+    try:
+        with warnings.catch_warnings():
+            for kind in (DeprecationWarning, FutureWarning):
+                warnings.simplefilter("error", kind)
+            test_every_family_is_checked_calibrated_and_evaluated(model)
+    finally:
+        logger.removeHandler(handler)
+    assert not [message for message in messages if "deprecated" in message]
 
 
 # -- what is refused
@@ -210,14 +335,23 @@ LATENT = {"kv_lora_rank": 16, "q_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope
             LATENT | {"n_routed_experts": 4},
             r"has no .*compressed latent \(multi-head latent attention\)",
         ),
-        ("gpt_neox", MHA, "GPTNeoXForCausalLM has no projections k_proj and v_proj; it has: query_key_value, dense"),
+        ("ctrl", {"n_embd": 32, "dff": 32}, "CTRLLMHeadModel has no projections k_proj and v_proj; it has: Wq, Wk, Wv"),
         ("olmo", {"clip_qkv": 2.0}, r"OlmoForCausalLM clips keys and values behind the projections \(clip_qkv\)"),
-        ("qwen3", {}, r"Qwen3ForCausalLM normalizes its keys \(k_norm\)"),
-        ("recurrent_gemma", {"lru_width": 32, "num_hidden_layers": 3}, "not supported yet|does not run"),
+        ("mpt", {"attn_config": {"clip_qkv": 2.0}}, r"MptForCausalLM clips keys and values"),
+        ("llama4_text", {"num_local_experts": 2}, r"Llama4ForCausalLM normalizes queries and keys alike \(qk_norm\)"),
+        ("hunyuan_v1_dense", {}, r"changes its keys before key_layernorm \(by RoPE, maybe\)"),
+        ("nanochat", {}, r"changes its keys before k_norm \(by RoPE, maybe\)"),
+        ("mimo_v2_flash", {"n_routed_experts": 4, "swa_num_attention_heads": 4, **EXPERTS}, "caches other values than"),
+        ("bart", {"decoder_layers": 1, "d_model": 32}, "BartForCausalLM has several attentions in a layer"),
+        ("recurrent_gemma", {"lru_width": 32, "num_hidden_layers": 3}, "returns no cache that could be compared with"),
+        (
+            "modernbert-decoder",
+            {},
+            "has no projections k_proj and v_proj; it has: decoder",
+        ),
     ],
 )
-def test_a_family_that_caches_something_else_is_refused_with_the_reason(kind, changes, match, monkeypatch):
-    monkeypatch.delitem(sites.FAMILIES, "qwen3")  # as if no one had described its norms
+def test_a_family_that_caches_something_else_is_refused_with_the_reason(kind, changes, match):
     refused(tiny(kind, changes), match)
 
 
@@ -225,7 +359,8 @@ def test_a_family_that_caches_something_else_is_refused_with_the_reason(kind, ch
     ("kind", "part", "place"),
     [
         ("qwen3", "keys", Place("k_proj")),  # before the norm
-        ("gemma3_text", "keys", Place("k_norm", heads=2)),  # heads taken for tokens
+        ("gpt_neox", "keys", Place("query_key_value", block=-2)),  # as if not every head had its own block
+        ("gpt_neox", "values", Place("query_key_value", block=-1)),
         ("llama", "keys", Place("q_proj")),
         ("phi3", "keys", Place("qkv_proj", block=-1)),  # the values
         ("llama", "values", Place("k_proj")),
@@ -233,11 +368,10 @@ def test_a_family_that_caches_something_else_is_refused_with_the_reason(kind, ch
     ],
 )
 def test_a_wrong_line_in_the_site_table_is_noticed(kind, part, place, monkeypatch):
+    monkeypatch.setattr(sites, "NORMS", dict.fromkeys(qu.PARTS, "-"))
     monkeypatch.setitem(sites.FAMILIES, kind, {**sites.FAMILIES.get(kind, {}), part: place})
     model = tiny(kind, MHA)
-    with pytest.raises(
-        qu.UserError, match=rf"caches other {part} than model\.layers\.0\.self_attn\.{part[0]}_proj gives"
-    ):
+    with pytest.raises(qu.UserError, match=rf"caches other {part} than \S*\.layers\.0\.\w+\.{part[0]}_proj gives"):
         sites.check_against_cache(model, sites.find_sites(model))
 
 
