@@ -102,7 +102,7 @@ def checked_sites(model, flags: Flags) -> list[PlacedSite]:
     """Return what a model caches. UserError if it is to be quantized and is not supported."""
     from simquant import sites
 
-    found = sites.find_sites(model)
+    found = sites.find_sites(model, flags.report_context)
     if flags.quantizes():
         sites.check_sites(model, found)
         if model.device.type != "meta":

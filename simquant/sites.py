@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -10,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import DynamicCache
 
 from quant_utils import Site, UserError, dtype_name, hooked, input_device
 from simquant.notices import is_out_of_memory
@@ -110,9 +112,17 @@ def channels_of(attention: nn.Module, projection: str, config) -> int:
     return heads * (getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 
 
-def find_sites(model) -> list[PlacedSite]:
-    """Return all that model caches and we know of: the keys and values of every layer, in model order."""
+def windows_of(config) -> list[int | None]:
+    """Return how many tokens each layer's cache holds at most; None: all. A config that tells of no layers gives []."""
+    with contextlib.suppress(AttributeError, TypeError, ValueError, LookupError):
+        return [getattr(layer, "sliding_window", None) for layer in DynamicCache(config=config).layers]
+    return []
+
+
+def find_sites(model, context: int = 1) -> list[PlacedSite]:
+    """Return all that model caches and we know of, when it holds context tokens: keys and values, in model order."""
     config = model.get_decoder().config
+    windows = dict(enumerate(windows_of(config)))
     sites: list[PlacedSite] = []
     for layer, (name, attention, places) in enumerate(attention_layers(model)):
         for part, place in places.items():
@@ -120,7 +130,9 @@ def find_sites(model) -> list[PlacedSite]:
             channels = channels_of(attention, projection, config)
             module = getattr(attention, place.module)
             at = getattr(attention, "layer_idx", None)
-            sites.append(PlacedSite(layer if at is None else at, part, f"{name}.{projection}", module, channels, place))
+            at = layer if at is None else at
+            tokens = min(windows.get(at) or context, context)
+            sites.append(PlacedSite(at, part, f"{name}.{projection}", module, channels, place, tokens=tokens))
     return sites
 
 
