@@ -142,7 +142,7 @@ def check_fields(name: str, raw: Any, where: str = "") -> None:
         said = f"config.json of model {name!r}: {where}{key} is {str(value)[:40]!r}"
         if key in ("text_config", "quantization_config") and not isinstance(value, (Mapping, type(None))):
             raise UserError(f"{said}, and no JSON object")
-        is_dtype = key in ("dtype", "torch_dtype") and value not in (None, "auto") and not isinstance(value, Mapping)
+        is_dtype = key in ("dtype", "torch_dtype") and not isinstance(value, (Mapping, type(None)))
         if is_dtype and not isinstance(getattr(torch, str(value).removeprefix("torch."), None), torch.dtype):
             raise UserError(f"{said}, which is no dtype of torch: float16, bfloat16 and float32 are")
         is_size = key in MOST and not isinstance(value, (Mapping, list, type(None)))  # a list has one for each layer
@@ -158,7 +158,7 @@ def load_config(name: str, revision: str | None):
 
     known = "" if os.path.isdir(name) else " (there is no such folder, so it is looked for on the hub)"
     try:
-        with loading(f"model {name!r}{known}"):
+        with loading(f"config.json of model {name!r}{known}"):
             check_fields(name, PreTrainedConfig.get_config_dict(name, revision=revision)[0])
             config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
             text = config.get_text_config(decoder=True)
@@ -204,7 +204,7 @@ def load_tokenizer(name: str, revision: str | None):
 
     lacks = f"model {name!r} has no tokenizer: put the original's tokenizer.json beside its config.json"
     try:
-        with loading(f"the tokenizer of model {name!r}"):
+        with loading(f"the tokenizer of model {name!r} ({', '.join(TOKENIZER_FILES[:2])})"):
             tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False)
     except UserError:
         files = files_of(name, revision)

@@ -65,7 +65,7 @@ def choices(flags, config) -> dict[str, Any]:
 def skeleton(flags, config) -> PreTrainedModel:
     """Return the model that load_model would, with weights that have shapes, but no values and no memory."""
     loader = checkpoints.language_model(config)
-    with loading(f"model {flags.model!r}"), torch.device("meta"):
+    with loading(f"model {flags.model!r} as its config.json describes it"), torch.device("meta"):
         how = choices(flags, config)
         how["dtype"] = None if how["dtype"] == "auto" else how["dtype"]
         model = loader.from_config(deepcopy(config), **how)
