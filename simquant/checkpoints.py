@@ -59,7 +59,8 @@ def loading(what: str) -> Iterator[None]:
 
 def source(model: str, revision: str | None = None) -> tuple[str, str | None]:
     """Return (hub id or folder, revision) of what --model and --revision say; ID@REVISION says both."""
-    name, _, named = (model, "", "") if os.path.exists(model) else model.partition("@")
+    has_both = re.search(r".@.", model) and not os.path.exists(model)  # a folder's own name may have an @
+    name, _, named = model.partition("@") if has_both else (model, "", "")
     if named and revision not in (None, named):
         raise UserError(f"--revision {revision} and {model!r} are two revisions: give one")
     revision = revision or named or None
