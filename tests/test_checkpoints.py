@@ -54,7 +54,7 @@ def test_a_multimodal_checkpoint_is_measured_as_its_own_class_predicts_text(tmp_
         "head_dim": 8,
     }
     text = {**shape, "model_type": "mistral", "vocab_size": 2048, "num_key_value_heads": 2}
-    vision = {**shape, "model_type": "pixtral", "image_size": 28, "patch_size": 14}
+    vision = {**shape, "head_dim": 8, "model_type": "pixtral", "image_size": 28, "patch_size": 14}
     own = Mistral3ForConditionalGeneration(Mistral3Config(text_config=text, vision_config=vision)).eval()
     own.get_output_embeddings().weight.data.mul_(20)  # so that some tokens are likelier than others
     own.save_pretrained(tmp_path)
@@ -82,9 +82,10 @@ def test_an_adapter_beside_the_weights_is_named_or_said_to_be_left_out(tmp_path,
             config, _ = models.load_config_and_tokenizer(str(path))
         line = models.weights_line(models.skeleton(Flags(str(path), device="cpu"), config).config)
         assert line == (", with the adapter LORA (adapter_config.json)" if has_peft else "")
-        assert [each.category for each in said] == ([] if has_peft else [Notice])
+        left_out = [str(each.message) for each in said if each.category is Notice]
+        assert len(left_out) == (not has_peft) and all("left out: pip install peft" in line for line in left_out)
         marks.append(models.weights_mark(config))
-    assert "has an adapter, which is left out: pip install peft" in str(said or "") or len(set(marks)) == 2
+    assert len(set(marks)) == 2  # so that --resume does not mix them
 
 
 def test_our_calls_are_of_the_library_as_it_is_now():
@@ -98,10 +99,10 @@ REVISIONS = """
 import sys
 from simquant import models
 from simquant.flags import Flags
-name, revision = sys.argv[1], sys.argv[2] or None
-config, tokenizer = models.load_config_and_tokenizer(name, revision)
-model = models.load_model(Flags(name, device="cpu", revision=revision), config)
-print(len(model.model.layers), tokenizer.eos_token, config.name_or_path, models.weights_mark(model.config))
+for name, revision in (("a/b", None), ("a/b", "v2"), ("a/b@v2", None)):
+    config, tokenizer = models.load_config_and_tokenizer(name, revision)
+    model = models.load_model(Flags(name, device="cpu", revision=revision), config)
+    print(len(model.model.layers), tokenizer.eos_token, config.name_or_path, models.weights_mark(model.config))
 """
 
 
@@ -116,12 +117,11 @@ def test_a_revision_is_that_of_config_tokenizer_and_weights(tmp_path):
         changes = {CONFIG: config, TOKENIZER_CONFIG: CONTENT[TOKENIZER_CONFIG] | {"eos_token": eos}}
         folder(cache / "snapshots" / commit, **changes)
     environment = os.environ | {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
-    known = {"a/b ": f"5 <|end_of_text|> a/b {'5' * 40}", "a/b v2": f"6 <|begin_of_text|> a/b {'6' * 40}"}
-    for said in ("a/b ", "a/b v2", "a/b@v2 ", "a/b@v2 v2"):
-        command = [sys.executable, "-c", REVISIONS, *said.split(" ")]
-        process = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
-        expected = known["a/b v2" if "v2" in said else "a/b "]
-        assert (process.stdout.strip(), process.returncode) == (expected, 0), process.stderr
+    command = [sys.executable, "-c", REVISIONS]
+    process = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    other = f"6 <|begin_of_text|> a/b {'6' * 40}"
+    expected = [f"5 <|end_of_text|> a/b {'5' * 40}", other, other]
+    assert (process.stdout.splitlines(), process.returncode) == (expected, 0), process.stderr
 
 
 # -- what is refused
@@ -160,7 +160,7 @@ ADAPTER = {"base_model_name_or_path": "some/base", "peft_type": "LORA"}
         (
             [],
             {CONFIG: {"model_type": "own", "auto_map": {"AutoConfig": "own.Own"}}},
-            "its own Python code, which is ne",
+            "its own Python code, ",
         ),
         ([], {TOKENIZER_CONFIG: {"auto_map": {"AutoTokenizer": ["own.Own", None]}}}, "tokenizer .* own Python code, "),
         ([], {CONFIG: {"model_type": "t5"}}, "t5 is an encoder and a decoder"),
