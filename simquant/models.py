@@ -69,6 +69,7 @@ def skeleton(flags, config) -> PreTrainedModel:
         how = choices(flags, config)
         how["dtype"] = None if how["dtype"] == "auto" else how["dtype"]
         model = loader.from_config(deepcopy(config), **how)
+        model.tie_weights()  # transformers 5.0 leaves it to us on this device
     model.config.name_or_path, model.config._commit_hash = config.name_or_path, checkpoints.commit(config)
     return model.eval().requires_grad_(False)
 
