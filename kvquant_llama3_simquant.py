@@ -97,7 +97,7 @@ def calibrate(flags: CalibratedFlags, given: dict) -> None:
     files.check_writable([flags.quantizer_path, flags.export_kvquant], [flags.calib_dataset, flags.model])
     if not flags.overwrite:
         files.check_replaceable([flags.quantizer_path, flags.export_kvquant], QUANTIZER_FILES)
-    config, tokenizer = models.load_config_and_tokenizer(flags.model)
+    config, tokenizer = models.load_config_and_tokenizer(flags.model, flags.revision)
     windows, shape = texts.load_for_calibration(flags, config, tokenizer), models.skeleton(flags, config)
     settings = flags.plan().settings(sites := run.checked_sites(shape, flags))
     memory.check_host_memory(windows, settings, shape.dtype)
@@ -107,7 +107,7 @@ def calibrate(flags: CalibratedFlags, given: dict) -> None:
     fitted, fits = fit(flags, models.load_model(flags, config), windows)
     if processes.index() > 0:
         return
-    made_for = {"name": flags.model, "type": config.model_type, "channels": {s.name: s.channels for s in sites}}
+    made_for = {"name": config.name_or_path, "type": config.model_type, "channels": {s.name: s.channels for s in sites}}
     try:
         print(quantizer_file.fit_table(fits, list(fitted)), flush=True)
     finally:  # a reader that has left loses nothing

@@ -96,6 +96,7 @@ class Site:
     name: str = field(compare=False)  # of the projection, such as model.layers.0.self_attn.k_proj
     module: nn.Module = field(compare=False, repr=False)
     channels: int = field(compare=False)  # C
+    tokens: int = field(default=1, compare=False, kw_only=True)  # that a long cache holds here: the weight of a layer
 
     @property
     def key(self) -> tuple[int, str]:
@@ -740,16 +741,17 @@ OUTLIER_BITS = 32  # on top of its place among the quantized: a 16-bit value and
 def average_bits(sites: Sequence[Site], setting: Setting, taps: Iterable[Tap], blank: Tensor) -> Tensor:
     """Return [2,B] bits an entry in all keys and all values of blank [B,T] windows; nan where a model has none.
 
-    Outliers are counted as the taps saw them. What is not quantized takes 16 bits.
+    Outliers are counted as the taps saw them. What is not quantized takes 16 bits. Layers weigh by what they store.
     """
     tokens, rows = blank.shape[1], []
     for part in PARTS:
-        mine, fixed = [site for site in sites if site.part == part], 0.0
-        for site in mine:
-            fixed += setting[site].cost(tokens, site.channels) if site in setting else 16 * tokens * site.channels
-        counts = [tap.outliers for tap in taps if tap.site.part == part and tap.outliers is not None]
-        outliers = torch.stack([blank, *(count.to(blank.device) for count in counts)]).sum((0, -1)).double()
-        rows.append((fixed + OUTLIER_BITS * outliers) / (tokens * sum(site.channels for site in mine) or math.nan))
+        held, fixed = {site: site.tokens for site in sites if site.part == part}, 0.0
+        for site, n in held.items():
+            fixed += n * (setting[site].cost(tokens, site.channels) if site in setting else 16 * tokens * site.channels)
+        counts = [held[t.site] * t.outliers.to(blank.device) for t in taps if t.site in held and t.outliers is not None]
+        outliers = torch.stack([blank, *counts]).sum((0, -1)).double()
+        entries = tokens * sum(n * site.channels for site, n in held.items())
+        rows.append((fixed + OUTLIER_BITS * outliers) / (entries or math.nan))
     return torch.stack(rows)
 
 

@@ -50,7 +50,7 @@ def print_plan(flags, shape, found: Sequence[PlacedSite], settings: Mapping[Any,
     print_quantizers(settings)
     for name, each in windows.items():
         print(f"{name}: {len(each)} windows of {flags.seqlen} tokens")
-    cache = 2 * flags.report_context * sum(site.channels for site in found)
+    cache = 2 * sum(site.channels * site.tokens for site in found)
     sizes = [models.weight_bytes(shape), memory.free_memory(device), cache]
     weights, free, held = (f"{size / 2**30:.2f} GiB" for size in sizes)
     print(f"weights: {weights}; {free} are free on {device}")

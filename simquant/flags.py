@@ -102,7 +102,9 @@ class OutputFlags:
     columns: tuple[str, ...] = on_output(
         USUAL, "comma list of figures to print; all of them are in --output", parsing.column_list, metavar="LIST"
     )
-    report_context: int = on_output(131072, "tokens of the cache whose size is reported", count(least=1), metavar="N")
+    report_context: int = on_output(
+        131072, "tokens of the cache whose size is reported", count(least=1), decides=True, metavar="N"
+    )
     plot: str | None = on_output(None, "draw the sweep or the attribution as .png or .svg", picture, metavar="FILE")
     plot_activations: str | None = on_output(
         None, "draw a layer's keys and values before and after quantization", picture, metavar="FILE"

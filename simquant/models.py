@@ -4,14 +4,10 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
-import os
 import re
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Mapping
 from copy import deepcopy
-from hashlib import sha256
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,9 +15,11 @@ import torch
 import quant_utils as qu
 from quant_utils import UserError
 from quant_utils import dtype_name as dtype_of
-from simquant import processes
+from simquant import checkpoints, processes
+from simquant.checkpoints import loading
+from simquant.checkpoints import mark as weights_mark  # noqa: F401, for those who load models
 from simquant.memory import devices_of, free_memory
-from simquant.notices import is_out_of_memory, notify
+from simquant.notices import notify
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -29,33 +27,11 @@ if TYPE_CHECKING:
 WORKSPACE = 2**31  # bytes that an evaluation takes besides the weights, at the least
 
 
-@contextmanager
-def loading(what: str) -> Iterator[None]:
-    """Turn what a library raises when it cannot load something into a UserError with the library's own words."""
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as error:
-        if is_out_of_memory(error):
-            raise
-        raise UserError(f"cannot load {what}: {' '.join(str(error).split()) or type(error).__name__}") from error
-
-
-def load_config_and_tokenizer(name: str):
+def load_config_and_tokenizer(model: str, revision: str | None = None):
     """Return (config, tokenizer) of a hub id or a local folder: cheap, so that mistakes show before weights load."""
-    from transformers import AutoConfig, AutoTokenizer
-
-    if os.path.isfile(name):
-        raise UserError(f"model {name!r} is a file: give the folder that holds it, with its config.json")
-    if os.path.isdir(name) and not os.path.isfile(os.path.join(name, "config.json")):
-        raise UserError(f"model folder {name!r} has no config.json: give a folder written by save_pretrained")
-    if not os.path.isdir(name) and not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name):
-        raise UserError(f"model {name!r} is neither a folder nor a hub id such as meta-llama/Llama-3-8B")
-    with loading(f"model {name!r}"):
-        loaders = (AutoConfig, AutoTokenizer)
-        config, tokenizer = (loader.from_pretrained(name, trust_remote_code=False) for loader in loaders)
-    return config, tokenizer
+    name, revision = checkpoints.source(model, revision)
+    checkpoints.check_name(name)
+    return checkpoints.load_config(name, revision), checkpoints.load_tokenizer(name, revision)
 
 
 def single_device(device: str) -> torch.device:
@@ -88,12 +64,13 @@ def choices(flags, config) -> dict[str, Any]:
 
 def skeleton(flags, config) -> PreTrainedModel:
     """Return the model that load_model would, with weights that have shapes, but no values and no memory."""
-    from transformers import AutoModelForCausalLM
-
-    with loading(f"model {flags.model!r}"), torch.device("meta"):
+    loader = checkpoints.language_model(config)
+    with loading(f"model {flags.model!r} as its config.json describes it"), torch.device("meta"):
         how = choices(flags, config)
         how["dtype"] = None if how["dtype"] == "auto" else how["dtype"]
-        model = AutoModelForCausalLM.from_config(deepcopy(config), **how)
+        model = loader.from_config(deepcopy(config), **how)
+        model.tie_weights()  # transformers 5.0 leaves it to us on this device
+    model.config.name_or_path, model.config._commit_hash = config.name_or_path, checkpoints.commit(config)
     return model.eval().requires_grad_(False)
 
 
@@ -104,9 +81,10 @@ def weight_quantization(config) -> dict:
 
 
 def weights_line(config) -> str:
-    """Return words on quantized weights for the settings line; "" if they are not."""
-    method = weight_quantization(config).get("quant_method")
-    return "" if method is None else f", weights quantized by {getattr(method, 'value', method)}"
+    """Return words on quantized weights, and on an adapter, for the settings line; "" if they are plain."""
+    method, applied = weight_quantization(config).get("quant_method"), checkpoints.adapter(config)
+    quantized = "" if method is None else f", weights quantized by {getattr(method, 'value', method)}"
+    return quantized + (f", with the adapter {applied}" if applied else "")
 
 
 def weight_bytes(model: PreTrainedModel) -> int:
@@ -132,32 +110,33 @@ def placement(flags, config) -> torch.device | str:
 
 def load_model(flags, config) -> PreTrainedModel:
     """Return the model in eval mode, where --device, --dtype and --attn_implementation ask for it."""
-    from transformers import AutoModelForCausalLM
-
-    with loading(f"model {flags.model!r}"):
+    name, revision = checkpoints.source(flags.model, flags.revision)
+    revision = checkpoints.commit(config) or revision  # of the config, although a branch may have moved on since
+    loader = checkpoints.language_model(config)
+    with loading(f"model {name!r}"):
         if (place := placement(flags, config)) != "auto" and torch.device(place).type == "cuda":
             torch.cuda.set_device(place)
-        how: dict[str, Any] = {"config": deepcopy(config), "device_map": place, "output_loading_info": True}
-        loaded: Any = AutoModelForCausalLM.from_pretrained(flags.model, **how, **choices(flags, config))
+        how: dict[str, Any] = {"config": deepcopy(config), "device_map": place, "revision": revision}
+        how |= {"output_loading_info": True, "ignore_mismatched_sizes": True, "trust_remote_code": False}
+        loaded: Any = loader.from_pretrained(name, **how, **choices(flags, config))
         model, found = loaded
-    if missing := sorted(found["missing_keys"]):
-        raise UserError(
-            f"model {flags.model!r} lacks {len(missing)} tensors, {missing[0]} first: is the copy complete?"
-        )
-    if surplus := sorted(found["unexpected_keys"]):
-        notify(f"model {flags.model!r} has {len(surplus)} tensors that its config does not name, {surplus[0]} first")
+    check_weights(name, found)
+    model.config._commit_hash = checkpoints.commit(config)
     if place == "auto" and re.search("cpu|disk", devices_of(model)):
-        notify(f"model {flags.model!r} is larger than the GPUs: weights wait in host memory or on disk, which is slow")
+        notify(f"model {name!r} is larger than the GPUs: weights wait in host memory or on disk, which is slow")
     return model.eval().requires_grad_(False)
 
 
-def weights_mark(config) -> str:
-    """Return what tells one checkpoint from another: the hub's commit, or sizes and times of a folder's files."""
-    if commit := getattr(config, "_commit_hash", None):
-        return commit
-    files = sorted(file for file in Path(config.name_or_path).glob("*") if file.is_file())
-    about = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    return sha256(repr(about).encode()).hexdigest()
+def check_weights(name: str, found: Mapping[str, Any]) -> None:
+    """Raise UserError if tensors are missing or of another shape than the config's, by transformers' loading_info."""
+    if other := sorted(found["mismatched_keys"]):
+        tensor, has, expected = (other[0][0], *("x".join(map(str, shape)) for shape in other[0][1:]))
+        told = f"{tensor} is {has}, and its config.json makes it {expected}"
+        raise UserError(f"model {name!r} has {len(other)} tensors of another shape: {told}; are both of one model?")
+    if missing := sorted(found["missing_keys"]):
+        raise UserError(f"model {name!r} lacks {len(missing)} tensors, {missing[0]} first: is the copy complete?")
+    if surplus := sorted(found["unexpected_keys"]):
+        notify(f"model {name!r} has {len(surplus)} tensors that its config does not name, {surplus[0]} first")
 
 
 def versions() -> dict[str, str]:
@@ -170,4 +149,5 @@ def environment(model) -> dict:
     """Return what a figure depends on besides the settings: versions, device, dtype."""
     at = qu.input_device(model)
     name = torch.cuda.get_device_name(at) if at.type == "cuda" else "cpu"
-    return {"versions": versions(), "device": devices_of(model), "device_name": name, "dtype": dtype_of(model)}
+    about = {"versions": versions(), "device": devices_of(model), "device_name": name, "dtype": dtype_of(model)}
+    return about | {"adapter": checkpoints.adapter(model.config) or None}

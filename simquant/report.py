@@ -76,10 +76,10 @@ def or_none(value: float) -> float | None:
 
 def storage_cost(means: Mapping[str, float], run: Run) -> dict[str, float | None]:
     """Return average bits an entry of keys and values together, and the GiB of a cache of run.context tokens."""
-    channels = [sum(site.channels for site in run.sites if site.part == part) for part in PARTS]
+    held = [sum(site.channels * site.tokens for site in run.sites if site.part == part) for part in PARTS]
     bits = [means["key_bits"], means["value_bits"]]
-    average = math.fsum(n * each for n, each in zip(channels, bits, strict=True) if n) / (sum(channels) or math.nan)
-    gib = sum(channels) * run.context / 8 / 2**30  # of one bit an entry
+    average = math.fsum(n * each for n, each in zip(held, bits, strict=True) if n) / (sum(held) or math.nan)
+    gib = sum(held) / 8 / 2**30  # of one bit an entry
     return {"avg_bits": or_none(average), "cache_gib": or_none(average * gib), "fp16_cache_gib": 16 * gib or None}
 
 

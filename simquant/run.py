@@ -50,13 +50,13 @@ def begin(flags: Flags, given: Mapping[str, Any]) -> None:
 
 def checked_sites(model, flags: Flags) -> list[PlacedSite]:
     """Return what a model caches. UserError if it is to be quantized and is not supported."""
-    from simquant import sites
+    from simquant import cache_check, sites
 
-    found = sites.find_sites(model)
+    found = sites.find_sites(model, flags.report_context)
     if flags.quantizes():
-        sites.check_sites(model, found)
+        cache_check.check_sites(model, found)
         if model.device.type != "meta":
-            sites.check_against_cache(model, found)
+            cache_check.check_against_cache(model, found)
     return found
 
 
@@ -81,7 +81,7 @@ def evaluate(flags: Flags, given: Mapping[str, Any], stored: Mapping[str, Any] |
     file = report_file.ReportFile(flags.output, flags.overwrite)
     if not flags.resume:
         file.check()
-    config, tokenizer = models.load_config_and_tokenizer(flags.model)
+    config, tokenizer = models.load_config_and_tokenizer(flags.model, flags.revision)
     windows, shape = texts.load(flags, config, tokenizer), models.skeleton(flags, config)
     found, settings = settings_of(shape, flags, stored)  # so that mistakes show before weights load
     if flags.plot_activations:
@@ -128,7 +128,7 @@ def make_record(flags: Flags, shape, windows: Mapping) -> dict[str, Any]:
     read = report_file.digests(windows, getattr(flags, "quantizer_path", None))
     read["model weights"] = models.weights_mark(shape.config)
     settings = plain_settings(flags) | resolved
-    return {"script": Path(sys.argv[0]).name, "model": flags.model, "settings": settings, "sha256": read}
+    return {"script": Path(sys.argv[0]).name, "model": shape.config.name_or_path, "settings": settings, "sha256": read}
 
 
 def narrowest(settings: Mapping[Row, Setting]) -> Setting:

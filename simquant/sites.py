@@ -1,18 +1,18 @@
-"""Where each family of models has its keys and values, and the check against the model's own cache."""
+"""Where each family of models has its keys and values, and how many tokens of them a layer stores."""
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import DynamicCache
 
-from quant_utils import Site, UserError, device_of, dtype_name, hooked, input_device
-from simquant.notices import is_out_of_memory
+from quant_utils import Site, device_of
 
 HEADS = 0  # runs of a fused projection: one for each head of keys and values
 
@@ -156,105 +156,25 @@ def channels_of(attention: nn.Module, projection: Any, config) -> int:
     return heads_of(attention, config) * (head_dim or config.hidden_size // config.num_attention_heads)
 
 
-def find_sites(model) -> list[PlacedSite]:
-    """Return all that model caches and we know of: the keys and values of every layer, in model order."""
+def windows_of(config) -> list[int | None]:
+    """Return how many tokens each layer's cache holds at most; None: all. A config that tells of no layers gives []."""
+    with contextlib.suppress(AttributeError, TypeError, ValueError, LookupError):
+        return [getattr(layer, "sliding_window", None) for layer in DynamicCache(config=config).layers]
+    return []
+
+
+def find_sites(model, context: int = 1) -> list[PlacedSite]:
+    """Return all that model caches and we know of, when it holds context tokens: keys and values, in model order."""
     config = model.config.get_text_config(decoder=True)
+    windows = dict(enumerate(windows_of(config)))
     sites: list[PlacedSite] = []
     for layer, (name, attention, places) in enumerate(attention_layers(model)):
         at = getattr(attention, "layer_idx", None)
+        at = layer if at is None else at
         for part, place in places.items():
             usual, module = USUAL[part].module, getattr(attention, place.module)
             alone = getattr(attention, usual, None) or getattr(attention, "k_proj", None)  # values may be keys' own
             place = place if place.runs != HEADS else replace(place, runs=heads_of(attention, config))
             where = (f"{name}.{usual}", module, channels_of(attention, alone, config), place, alone or module)
-            sites.append(PlacedSite(layer if at is None else at, part, *where))
+            sites.append(PlacedSite(at, part, *where, tokens=min(windows.get(at) or context, context)))
     return sites
-
-
-def check_sites(model, sites: Sequence[Site]) -> None:
-    """Raise UserError if model has no sites, or does something to its keys or values that FAMILIES does not tell of."""
-    kind = type(model).__name__
-    if not sites:
-        leaves = list(dict.fromkeys(re.sub(r".*\.", "", name) for name in projections(model)))
-        has = f"it has: {', '.join(leaves) or 'none'}"
-        if "kv_b_proj" in leaves:
-            has = "it expands both from a compressed latent (multi-head latent attention), which is not supported"
-        raise UserError(f"{kind} has no projections k_proj and v_proj; {has}")
-    if len(set(sites)) < len(sites) or any(site.layer < 0 for site in sites):
-        raise UserError(f"{kind} has several attentions in a layer, or one for several layers: not supported yet")
-    attentions = [attention for _, attention, _ in attention_layers(model)]
-    if any(getattr(each, "clip_qkv", None) for each in (model.config.get_text_config(decoder=True), *attentions)):
-        raise UserError(f"{kind} clips keys and values behind the projections (clip_qkv): not supported yet")
-    if any(isinstance(getattr(each, "qk_norm", None), nn.Module) for each in attentions):
-        raise UserError(f"{kind} normalizes queries and keys alike (qk_norm): this family is not supported yet")
-
-
-@torch.inference_mode()
-def run_once(model, sites: Sequence[PlacedSite]) -> tuple[dict[Site, Tensor], set[Site], Sequence]:
-    """Return what sites give on a few tokens, [T,C]; which get other than their projection gives; the cache's layers.
-
-    A number of tokens that divides no site's channels is no number of heads.
-    """
-    given, came, changed = dict[Site, Tensor](), dict[nn.Module, Tensor](), set[Site]()
-
-    def watch(module: Any, args: tuple, out: Tensor, site: PlacedSite) -> None:
-        given[site] = site.read(out)[0].clone()
-        before = came.get(site.projection)
-        if module is not site.projection and before is not None and not torch.equal(site.read(args[0]), before):
-            changed.add(site)
-
-    def remember(module: Any, args: tuple, out: Tensor) -> None:
-        came[module] = out
-
-    tokens = next(count for count in range(4, 99) if all(site.channels % count for site in sites))
-    ids = torch.arange(5, 5 + tokens, device=input_device(model))[None]  # padding, embedded as zeros, comes before
-    ids %= model.config.get_text_config().vocab_size
-    hooks = [(site.projection, remember) for site in sites if site.place.block is None]
-    with hooked([*hooks, *((site.module, partial(watch, site=site)) for site in sites)]):
-        output = model.get_decoder()(input_ids=ids, use_cache=True)
-    return given, changed, next((each.layers for each in output.values() if hasattr(each, "layers")), ())
-
-
-def check_against_cache(model, sites: Sequence[PlacedSite]) -> None:
-    """Raise UserError unless sites give what the model's own cache holds, on a few tokens.
-
-    Values are compared as they are; keys at the first position, where RoPE turns nothing, but may scale. What gets into
-    a norm shows whether RoPE comes before it.
-    """
-    kind = type(model).__name__
-    try:
-        given, changed, layers = run_once(model, sites)
-    except (RuntimeError, ValueError, TypeError, LookupError, AttributeError) as error:
-        if is_out_of_memory(error):
-            raise
-        reason, where = " ".join(str(error).split())[:200], f"{dtype_name(model)} on {model.device}"
-        raise UserError(f"{kind} does not run in {where}: {reason}; try another --dtype") from error
-    if not layers:
-        raise UserError(f"{kind} returns no cache that could be compared with: not supported in this transformers")
-    for site in sites:
-        held = getattr(layers[site.layer], site.part, None) if site.layer < len(layers) else None
-        if site in given and not given[site].isfinite().all():
-            continue  # that it is broken shows when it is measured
-        if site not in given or held is None:
-            raise UserError(f"{kind} caches nothing at {site.name}: this family is not supported yet")
-        if not is_same(site.part, given[site], held[0].transpose(0, 1), model.dtype):
-            raise UserError(f"{kind} caches other {site.part} than {site.name} gives: this family is not supported yet")
-        if site in changed:
-            before = f"{site.place.module} (by RoPE, maybe)"
-            raise UserError(f"{kind} changes its {site.part} before {before}: this family is not supported yet")
-
-
-def is_same(part: str, given: Tensor, held: Tensor, dtype: torch.dtype) -> bool:
-    """Return whether a site's [T,C] are the cache's [T,H,D]: values as they are, keys at the first position, scaled.
-
-    A cache may hold each head several times, once for each head of queries that reads it (Falcon's does).
-    """
-    copies, rest = divmod(held.numel(), given.numel())
-    if rest or not copies or given.shape[-1] % held.shape[-1]:
-        return False
-    given = given.unflatten(-1, (-1, held.shape[-1])).repeat_interleave(copies, 1).double().cpu()
-    held = held.double().cpu()
-    if part == "keys":
-        given, held = given[0], held[0]
-        given = given * ((given * held).sum() / given.square().sum().clamp(min=1e-300))
-    return bool(((given - held).abs() <= 8 * torch.finfo(dtype).eps * held.abs().amax()).all())

@@ -65,7 +65,7 @@ def answer(model, config_and_tokenizer, tmp_path_factory):
             patch.setattr(sys, "stderr", streams[1])
             patch.setattr(models, "load_model", lambda *_: model)
             known = {str(NANO): config_and_tokenizer}
-            patch.setattr(models, "load_config_and_tokenizer", lambda name: known.get(name) or whole(name))
+            patch.setattr(models, "load_config_and_tokenizer", lambda name, rev: known.get(name) or whole(name, rev))
             try:
                 status = endings.exit_status(script.main)
             except SystemExit as stop:  # argparse

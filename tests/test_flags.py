@@ -38,8 +38,8 @@ COMPANIONS = {  # what a flag does not go without
     "cap_outliers": ("--include_sparse",),
 }  # fmt: skip
 NO_FIGURE = {
-    "device", "output", "resume", "overwrite", "columns",
-    "report_context", "plot", "plot_activations", "plot_layer", "quiet", "dry_run",
+    "device", "output", "resume", "overwrite", "columns", "plot",
+    "plot_activations", "plot_layer", "quiet", "dry_run",
 }  # fmt: skip
 PATH = ("--quantizer_path", "q.pkl")
 

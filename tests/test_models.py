@@ -4,6 +4,7 @@ import copy
 import json
 import os
 import shutil
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -11,10 +12,10 @@ import torch
 from accelerate import cpu_offload
 from conftest import CALIBRATED_SCRIPT, DYNAMIC_SCRIPT, NANO, SAMPLE, measured, run_script
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, StaticCache
 
 import quant_utils as qu
-from simquant import memory, models
+from simquant import memory, models, report
 from simquant.flags import Flags
 from simquant.notices import Notice
 from simquant.sites import find_sites
@@ -270,3 +271,64 @@ def test_the_size_of_a_model_is_known_from_its_config(config_and_tokenizer, mode
         skeleton = models.skeleton(Flags("m", dtype=dtype, device="cpu"), config_and_tokenizer[0])
         assert models.weight_bytes(skeleton) == width * sum(each.numel() for each in model.parameters())
         assert all(parameter.is_meta for parameter in skeleton.parameters())
+
+
+# -- the cache
+
+SHAPE = {
+    "vocab_size": 48, "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "intermediate_size": 32, "head_dim": 8, "max_position_embeddings": 512, "pad_token_id": 0, "bos_token_id": 1,
+    "eos_token_id": 2,
+}  # fmt: skip
+WINDOWED = {  # layers that hold a window or a chunk, of 4
+    "llama": (0, {}), "mistral": (4, {"sliding_window": 8}), "gemma2": (2, {"sliding_window": 8}),
+    "gemma3_text": (3, {"sliding_window": 8, "sliding_window_pattern": 4}),
+    "gpt_oss": (2, {"sliding_window": 8, "num_local_experts": 4, "num_experts_per_tok": 2}),
+    "llama4_text": (3, {"attention_chunk_size": 8, "num_local_experts": 2, "intermediate_size_mlp": 32}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("context", [6, 8, 100])
+@pytest.mark.parametrize("kind", WINDOWED)
+def test_the_size_of_a_cache_is_what_a_static_one_allocates(kind, context):
+    """Layer by layer, and in GiB."""
+    shorter, changes = WINDOWED[kind]
+    config = AutoConfig.for_model(kind, **SHAPE | changes)
+    with torch.device("meta"):
+        found = find_sites(AutoModelForCausalLM.from_config(config), context)
+    cache = StaticCache(config, max_cache_len=context)
+    cache.early_initialization(1, 2, 8, torch.float16, torch.device("cpu"))
+    expected = {i: layer.keys.shape[2] for i, layer in enumerate(cache.layers)}
+    assert sum(tokens < context for tokens in expected.values()) == (shorter if context > 8 else 0)
+    assert [(site.layer, site.tokens) for site in found] == [each for each in expected.items() for _ in qu.PARTS]
+    run = report.Run({}, [], found, context)
+    size = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers) / 2**30
+    costs = report.storage_cost({"key_bits": 2.0, "value_bits": 4.0}, run)
+    assert costs == {"avg_bits": 3.0, "cache_gib": size * 3 / 16, "fp16_cache_gib": size}
+
+
+def test_average_bits_weigh_layers_by_what_a_long_cache_holds_of_them():
+    """A count of every entry's bits over widths that differ, with outliers: two layers of 8 tokens, two of 100."""
+    torch.manual_seed(0)
+    config = AutoConfig.for_model("gemma2", **SHAPE | {"sliding_window": 8})
+    model = AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
+    found, ids = find_sites(model, 100), torch.randint(3, 48, (1, 64))
+    assert [site.tokens for site in found] == [8, 8, 100, 100] * 2
+    setting = {site: qu.ScalarQuantizer("token", 2 + site.layer, outliers=0.1) for site in found if site.layer < 3}
+    bits, counts = {"keys": 0.0, "values": 0.0}, {"keys": 0, "values": 0}
+
+    def count(module, args, out, site):
+        if site in setting:
+            kept = setting[site].quantize(out, {}).outliers.sum().item()
+            each = 2 + site.layer + 32 * kept / (64 * 16) + 32 / 16  # width, outliers, a range for each token
+        else:
+            each = 16
+        bits[site.part] += each * site.tokens * 16
+        counts[site.part] += site.tokens * 16
+
+    with qu.hooked((site.module, partial(count, site=site)) for site in found):
+        model.get_decoder()(input_ids=ids, use_cache=False)
+    figures = torch.cat(list(qu.evaluate(model, found, ids, [{}, setting])))[0, :, 3:]
+    assert figures[0].tolist() == [16, 16]
+    expected = [bits[part] / counts[part] for part in qu.PARTS]
+    assert figures[1].tolist() == pytest.approx(expected, rel=1e-9) and 8 < expected[0] < 13

@@ -217,9 +217,9 @@ def test_a_killed_run_saves_what_is_measured_and_goes_on(sweep, tmp_path, place,
 def test_a_complete_run_is_not_measured_again_and_may_print_and_draw_otherwise(sweep, tmp_path):
     out = tmp_path / "out.json"
     out.write_text(json.dumps(sweep[1] | {"environment": sweep[1]["environment"] | {"device_name": "another"}}))
-    flags = (*SWEEP, "--output", out, "--resume", "--quiet", "--report_context", "1024", "--plot", tmp_path / "a.svg")
+    flags = (*SWEEP, "--output", out, "--resume", "--quiet", "--plot", tmp_path / "a.svg")
     process = killed(tmp_path, BATCH, 0, "SIGTERM", *flags)
-    assert process.returncode == 0 and "cache of 1024 tokens" in process.stdout and (tmp_path / "a.svg").exists()
+    assert process.returncode == 0 and "cache of 131072 tokens" in process.stdout and (tmp_path / "a.svg").exists()
     assert re.fullmatch("warning: .*out.json.* another device.*\n", process.stderr)
     names = [name for name in KEYS.split() if not name.endswith("_gib") and name != "seconds"]
     known = [[row[name] for name in names] for row in sweep[1]["results"]]
@@ -234,6 +234,8 @@ def test_resume_with_another_setting_text_or_checkpoint_is_refused_and_the_file_
     before = out.read_bytes()
     process = run_script(*command, "--skip_layers", "0", "--resume")
     assert_one_line_error(process, "out.json", "another run", "skip_layers is [0] here and [] there")
+    process = run_script(*command, "--report_context", "64", "--resume")  # how layers weigh may depend on it
+    assert_one_line_error(process, "another run", "report_context is 64 here and 131072 there")
     text.write_text("x" + SAMPLE.read_text(encoding="utf-8"), encoding="utf-8")
     assert_one_line_error(run_script(*command, "--resume"), "another run", "the content of", "t.txt is another")
     shutil.copy(SAMPLE, text)

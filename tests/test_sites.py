@@ -15,7 +15,7 @@ from conftest import ROOT
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
 
 import quant_utils as qu
-from simquant import sites, speed
+from simquant import cache_check, sites, speed
 from simquant.sites import Place
 
 TINY = {
@@ -217,8 +217,8 @@ def test_the_cache_holds_what_passes_the_sites_with_keys_turned_by_rope(family, 
 def test_every_family_is_checked_calibrated_and_evaluated(family):
     """The whole way, with gradients: NUQ by Fisher information, then losses."""
     found = sites.find_sites(family)
-    sites.check_sites(family, found)
-    sites.check_against_cache(family, found)
+    cache_check.check_sites(family, found)
+    cache_check.check_against_cache(family, found)
     setting = setting_of(family, levels="nuq", outliers=0.01, sinks=1, fisher="paper")
     windows, errors = torch.randint(3, 48, (2, 24)), []
 
@@ -282,8 +282,8 @@ def test_a_model_that_sees_images_is_measured_on_text(name):
     model = lively(getattr(transformers, f"{name}ForConditionalGeneration")(config))
     found, windows = sites.find_sites(model), torch.randint(3, 48, (2, 24))
     assert found and not any("vis" in site.name for site in found)
-    sites.check_sites(model, found)
-    sites.check_against_cache(model, found)
+    cache_check.check_sites(model, found)
+    cache_check.check_against_cache(model, found)
     figures = torch.cat(list(qu.evaluate(model, found, windows, [{}, setting_of(model, 2, 2)])))
     with torch.inference_mode():
         logits = model(input_ids=windows, use_cache=False).logits
@@ -320,8 +320,8 @@ def test_nothing_that_we_call_is_deprecated(name):
 
 def refused(model, match):
     with pytest.raises(qu.UserError, match=match):
-        sites.check_sites(model, found := sites.find_sites(model))
-        sites.check_against_cache(model, found)
+        cache_check.check_sites(model, found := sites.find_sites(model))
+        cache_check.check_against_cache(model, found)
 
 
 LATENT = {"kv_lora_rank": 16, "q_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8}
@@ -372,7 +372,7 @@ def test_a_wrong_line_in_the_site_table_is_noticed(kind, part, place, monkeypatc
     monkeypatch.setitem(sites.FAMILIES, kind, {**sites.FAMILIES.get(kind, {}), part: place})
     model = tiny(kind, MHA)
     with pytest.raises(qu.UserError, match=rf"caches other {part} than \S*\.layers\.0\.\w+\.{part[0]}_proj gives"):
-        sites.check_against_cache(model, sites.find_sites(model))
+        cache_check.check_against_cache(model, sites.find_sites(model))
 
 
 def test_the_check_tells_what_is_not_cached_from_what_is_only_small_or_broken():
@@ -380,11 +380,11 @@ def test_the_check_tells_what_is_not_cached_from_what_is_only_small_or_broken():
     few, broken = tiny("llama", {"vocab_size": 6}), tiny("llama", {})
     broken.model.layers[1].self_attn.k_proj.weight.fill_(math.nan)
     for model in (few, broken):
-        sites.check_against_cache(model, sites.find_sites(model))
+        cache_check.check_against_cache(model, sites.find_sites(model))
     site = sites.find_sites(few)[0]
     for wrong in (replace(site, module=torch.nn.Linear(2, 2)), replace(site, layer=7)):
         with pytest.raises(qu.UserError, match=r"caches nothing at model\.layers\.0\.self_attn\.k_proj"):
-            sites.check_against_cache(few, [wrong])
+            cache_check.check_against_cache(few, [wrong])
 
 
 def test_a_model_whose_forward_raises_is_one_line_with_the_dtype():
