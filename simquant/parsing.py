@@ -17,7 +17,8 @@ from simquant.tables import COLUMNS
 
 VERSION = "2.0"
 DATASETS = ("wikitext2", "c4")
-TEXT_FILES = (".txt", ".jsonl", ".parquet")
+C4_FROM = "c4="  # before a path whose documents are sampled as those of c4 are
+TEXT_FILES = (".txt", ".txt.gz", ".json", ".json.gz", ".jsonl", ".jsonl.gz", ".parquet")
 
 
 def flag(
@@ -63,23 +64,48 @@ def width_list(text: str) -> tuple[Width, ...]:
 
 
 def dataset_list(text: str) -> tuple[str, ...]:
-    """Parse names and text files between commas, no two the same."""
+    """Parse names, text files and folders between commas, no two the same."""
     names = tuple(text_name(name.strip()) for name in text.split(","))
-    files = [name if name in DATASETS else os.path.realpath(name) for name in names]
+    files = [name if (name := text_label(each)) in DATASETS else os.path.realpath(name) for each in names]
     if repeated := [name for name, file in zip(names, files, strict=True) if files.count(file) > 1]:
         raise ArgumentTypeError(f"{repeated[0]} stands there more than once")
     return names
 
 
 def text_name(name: str) -> str:
-    """Return name if it is one of DATASETS or a readable text file of a known kind."""
-    if name not in DATASETS and not name.lower().endswith(TEXT_FILES):
+    """Return name if it is one of DATASETS, a readable text file or folder of them, or c4= and such a path."""
+    path = name.removeprefix(C4_FROM)
+    if path in DATASETS and path == name:
+        return name
+    if not os.path.isdir(path) and not path.lower().endswith(TEXT_FILES):
         known, kinds = ", ".join(DATASETS), ", ".join(TEXT_FILES)
-        raise ArgumentTypeError(f"unknown dataset {name!r}: give {known}, or a path that ends in {kinds}")
-    if name not in DATASETS and not (os.path.isfile(name) and os.access(name, os.R_OK)):
-        reason = "cannot be read: check its permissions" if os.path.isfile(name) else "does not exist, or is no file"
-        raise ArgumentTypeError(f"text file {name!r} {reason}")
+        raise ArgumentTypeError(f"unknown dataset {name!r}: give {known}, a folder, or a path that ends in {kinds}")
+    if not os.path.isdir(path) and not os.path.isfile(path):
+        raise ArgumentTypeError(f"text file {path!r} does not exist, or is no file")
+    for file in (path, *files_read(name)) if os.access(path, os.R_OK) else [path]:
+        if not os.access(file, os.R_OK):
+            what = "folder" if os.path.isdir(file) else "file"
+            raise ArgumentTypeError(f"text {what} {file!r} cannot be read: check its permissions")
+    if not files_read(name):
+        raise ArgumentTypeError(f"text folder {path!r} has no file that ends in {', '.join(TEXT_FILES)}")
     return name
+
+
+def text_label(name: str) -> str:
+    """Return what a text is called in a report: c4 if its documents are sampled as c4's are, else its name."""
+    return "c4" if name.startswith(C4_FROM) else name
+
+
+def files_read(*names: str) -> list[str]:
+    """Return the files that names of texts stand for, a folder's in order; those of the hub are left out."""
+    paths = [name.removeprefix(C4_FROM) for name in names if name not in DATASETS]
+    return [file for path in paths for file in (files_in(path) if os.path.isdir(path) else [path])]
+
+
+def files_in(folder: str) -> list[str]:
+    """Return the text files of a folder itself, sorted by name, without hidden ones."""
+    names = sorted(name for name in os.listdir(folder) if name.lower().endswith(TEXT_FILES) and name[0] != ".")
+    return [file for name in names if os.path.isfile(file := os.path.join(folder, name))]
 
 
 def number(text: str, least: int, most: int = 2**50, instead: str | None = None) -> int | str:
