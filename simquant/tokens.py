@@ -7,13 +7,15 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor
 
+from quant_utils import UserError
 from simquant.text_files import PIECE
 
 WHOLE = 2**20  # characters of a text that is tokenized in one go
 OVERLAP = 2**13  # characters that two neighbouring pieces of a longer one share
 
 
-AGREED = 16  # tokens of its middle half that they must share at least
+AGREED = 8  # different tokens at least in what they agree on: a run of one token agrees with itself anywhere
+UNCUT = 2**23  # characters that are taken in one go at most where they do not agree
 
 
 class Text:
@@ -80,11 +82,13 @@ def tokenized_in_pieces(tokenizer, text: Text) -> Iterator[Tensor]:
         following = piece[shared:] + more
         others = located(tokenizer, following)
         mine, theirs = between(tokens, shared + quarter, shared + end), between(others, quarter, end)
-        if len(mine) >= AGREED and torch.equal(mine - torch.tensor([0, shared, shared]), theirs):
+        if len(mine[:, 0].unique()) >= AGREED and torch.equal(mine - torch.tensor([0, shared, shared]), theirs):
             yield between(tokens, begun, shared + middle)[:, 0]
             piece, tokens, begun, size = following, others, middle, PIECE
         else:
             piece, size = piece + more, 2 * size
+            if len(piece) > UNCUT:
+                raise UserError(f"a text runs on for {len(piece)} characters, and the tokenizer splits it nowhere")
             tokens = located(tokenizer, piece)
     yield between(tokens, begun, len(piece) + 1)[:, 0]
 
