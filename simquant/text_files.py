@@ -104,12 +104,13 @@ def read_parquet(path: str, column: str) -> Iterator[str]:
     """Yield the rows of a column of a parquet file, a few at a time."""
     from pyarrow import parquet
 
-    with parquet.ParquetFile(path) as file:
-        columns = file.schema_arrow.names
-        if column not in columns:
-            raise UserError(f"text file {path!r} has no column `{column}`; its columns are: {', '.join(columns)}")
+    columns = parquet.read_schema(path).names
+    if column not in columns:
+        raise UserError(f"text file {path!r} has no column `{column}`; its columns are: {', '.join(columns)}")
+    # as a dictionary, a text that many rows repeat is held once: two kilobytes of a file can stand for gigabytes
+    with parquet.ParquetFile(path, read_dictionary=[column]) as file:
         batches = file.iter_batches(batch_size=64, columns=[column])
-        rows = (text for batch in batches for text in batch.column(0).to_pylist())
+        rows = (each.as_py() for batch in batches for each in batch.column(0))
         for number, text in enumerate(rows, 1):
             if not isinstance(text, str):
                 raise UserError(f"text file {path!r}, row {number} has no string under `{column}`: remove such rows")

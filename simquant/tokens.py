@@ -15,7 +15,7 @@ OVERLAP = 2**13  # characters that two neighbouring pieces of a longer one share
 
 
 AGREED = 8  # different tokens at least in what they agree on: a run of one token agrees with itself anywhere
-UNCUT = 2**23  # characters that are taken in one go at most where they do not agree
+UNCUT = 2**21  # characters that are taken in one go at most where they do not agree
 
 
 class Text:
