@@ -14,11 +14,9 @@ from simquant import processes
 from simquant.methods import BASELINE, PROJECTIONS, UNQUANTIZED, Width
 from simquant.notices import one_line
 from simquant.tables import COLUMNS
+from simquant.text_names import C4_FROM, DATASETS, TEXT_FILES, files_read, text_label
 
 VERSION = "2.0"
-DATASETS = ("wikitext2", "c4")
-C4_FROM = "c4="  # before a path whose documents are sampled as those of c4 are
-TEXT_FILES = (".txt", ".txt.gz", ".json", ".json.gz", ".jsonl", ".jsonl.gz", ".parquet")
 
 
 def flag(
@@ -89,23 +87,6 @@ def text_name(name: str) -> str:
     if not files_read(name):
         raise ArgumentTypeError(f"text folder {path!r} has no file that ends in {', '.join(TEXT_FILES)}")
     return name
-
-
-def text_label(name: str) -> str:
-    """Return what a text is called in a report: c4 if its documents are sampled as c4's are, else its name."""
-    return "c4" if name.startswith(C4_FROM) else name
-
-
-def files_read(*names: str) -> list[str]:
-    """Return the files that names of texts stand for, a folder's in order; those of the hub are left out."""
-    paths = [name.removeprefix(C4_FROM) for name in names if name not in DATASETS]
-    return [file for path in paths for file in (files_in(path) if os.path.isdir(path) else [path])]
-
-
-def files_in(folder: str) -> list[str]:
-    """Return the text files of a folder itself, sorted by name, without hidden ones."""
-    names = sorted(name for name in os.listdir(folder) if name.lower().endswith(TEXT_FILES) and name[0] != ".")
-    return [file for name in names if os.path.isfile(file := os.path.join(folder, name))]
 
 
 def number(text: str, least: int, most: int = 2**50, instead: str | None = None) -> int | str:

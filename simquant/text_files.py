@@ -10,7 +10,7 @@ from typing import Any, BinaryIO, cast
 
 from quant_utils import UserError
 from simquant.models import loading
-from simquant.parsing import files_read
+from simquant.text_names import files_read
 
 PIECE = 2**18  # characters, or bytes, that are held at a time
 LONGEST = 2**28  # bytes of a line, or characters of a document, that are taken for one

@@ -13,8 +13,8 @@ from torch import Tensor
 from quant_utils import UserError
 from simquant.memory import free_memory
 from simquant.notices import notify
-from simquant.parsing import C4_FROM, text_label
 from simquant.text_files import documents, joined, whole
+from simquant.text_names import C4_FROM, text_label
 from simquant.tokens import Text, special_ids, tokenize, tokenized
 
 ABOUT = {"wikitext2": "WikiText-2 raw test, joined by blank lines", "c4": "C4 validation shard 0"}

@@ -11,7 +11,7 @@ SCRIPTS = ["kvquant_simquant_ppl_eval", "kvquant_llama3_simquant"]
 ORDER = [  # from top to bottom: a file imports only what stands below it, anywhere in its text
     *SCRIPTS, "run", "calibrated_flags", "flags", "parsing", "methods", "tables",
     "describe", "texts", "tokens", "text_files", "models", "memory", "speed", "sites", "plots", "report",
-    "quantizer_file", "kvquant_file", "formats", "files", "notices", "processes", "quant_utils",
+    "quantizer_file", "kvquant_file", "formats", "files", "text_names", "notices", "processes", "quant_utils",
 ]  # fmt: skip
 TOP = {*(f"{name}.py" for name in SCRIPTS), "quant_utils.py", "requirements.txt", "README.md", "tests"}
 HEAVY = {"torch", "transformers", "datasets", "pandas", "numpy", "accelerate"}

@@ -20,7 +20,7 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 import quant_utils as qu
-from simquant import parsing, text_files, texts, tokens
+from simquant import parsing, text_files, text_names, texts, tokens
 from simquant.flags import Flags
 from simquant.notices import Notice
 
@@ -92,7 +92,7 @@ def test_a_folder_is_its_text_files_by_name_and_a_column_has_any_name(tmp_path):
     (tmp_path / "z.txt").mkdir()
     ids = texts.text_ids(str(tmp_path), "test", by_character, texts.Reading("body"))
     assert "".join(map(chr, ids[1:])) == "first\n\nsecond\n\nthird"
-    read = parsing.files_read("c4", f"c4={tmp_path}", "x.txt")
+    read = text_names.files_read("c4", f"c4={tmp_path}", "x.txt")
     assert read == [*(str(tmp_path / name) for name in ("a.json.gz", "b.jsonl", "c.parquet")), "x.txt"]
 
 
