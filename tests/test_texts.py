@@ -319,6 +319,9 @@ def long_texts(draw):
 
 @pytest.mark.parametrize("kind", ["llama3", "llama2", "gpt2", "t5", "bert"])
 @FUZZ
+@example(
+    text="A run: " + "1" * 2501 + " a " * 99 + "a" * 2503 + " of. " + "ab" * 1501 + " end" * 300, bos="text", seed=97
+)
 @given(text=long_texts(), bos=st.sampled_from(["text", "window"]), seed=st.integers(1, 99))
 def test_pieces_have_the_ids_of_the_whole_text(kind, text, bos, seed):
     tokenizer = trained(kind)
