@@ -92,9 +92,11 @@ def fit(flags: CalibratedFlags, model, windows) -> tuple[dict, dict]:
 def calibrate(flags: CalibratedFlags, given: dict) -> None:
     """Fit, print how well the quantizers fit, save them, and print how to evaluate them."""
     run.begin(flags, given)
-    from simquant import describe, files, memory, models, quantizer_file, texts
+    from simquant import describe, files, memory, models, quantizer_file, text_names, texts
 
-    files.check_writable([flags.quantizer_path, flags.export_kvquant], [flags.calib_dataset, flags.model])
+    files.check_writable(
+        [flags.quantizer_path, flags.export_kvquant], [*text_names.files_read(flags.calib_dataset), flags.model]
+    )
     if not flags.overwrite:
         files.check_replaceable([flags.quantizer_path, flags.export_kvquant], QUANTIZER_FILES)
     config, tokenizer = models.load_config_and_tokenizer(flags.model, flags.revision)

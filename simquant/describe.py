@@ -26,7 +26,7 @@ def print_settings(model, config, flags, settings: Mapping[Any, Setting]) -> Non
     line = f"{models.dtype_of(model)} on {where}, {attention} attention{models.weights_line(config)}"
     print(f"{flags.model}: {line}, windows of {flags.seqlen} tokens")
     for dataset in flags.datasets:
-        print(f"{dataset}: {texts.ABOUT.get(dataset, texts.ABOUT_FILES)}")
+        print(texts.about(dataset, texts.bos_of(flags, config)))
     print_quantizers(settings)
 
 

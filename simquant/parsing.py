@@ -15,10 +15,9 @@ from simquant import processes
 from simquant.methods import BASELINE, PROJECTIONS, UNQUANTIZED, Width
 from simquant.notices import one_line
 from simquant.tables import COLUMNS
+from simquant.text_names import C4_FROM, DATASETS, TEXT_FILES, files_read, text_label
 
 VERSION = "2.0"
-DATASETS = ("wikitext2", "c4")
-TEXT_FILES = (".txt", ".jsonl", ".parquet")
 
 
 def flag(
@@ -64,22 +63,30 @@ def width_list(text: str) -> tuple[Width, ...]:
 
 
 def dataset_list(text: str) -> tuple[str, ...]:
-    """Parse names and text files between commas, no two the same."""
+    """Parse names, text files and folders between commas, no two the same."""
     names = tuple(text_name(name.strip()) for name in text.split(","))
-    files = [name if name in DATASETS else os.path.realpath(name) for name in names]
+    files = [name if (name := text_label(each)) in DATASETS else os.path.realpath(name) for each in names]
     if repeated := [name for name, file in zip(names, files, strict=True) if files.count(file) > 1]:
         raise ArgumentTypeError(f"{repeated[0]} stands there more than once")
     return names
 
 
 def text_name(name: str) -> str:
-    """Return name if it is one of DATASETS or a readable text file of a known kind."""
-    if name not in DATASETS and not name.lower().endswith(TEXT_FILES):
+    """Return name if it is one of DATASETS, a readable text file or folder of them, or c4= and such a path."""
+    path = name.removeprefix(C4_FROM)
+    if path in DATASETS and path == name:
+        return name
+    if not os.path.isdir(path) and not path.lower().endswith(TEXT_FILES):
         known, kinds = ", ".join(DATASETS), ", ".join(TEXT_FILES)
-        raise ArgumentTypeError(f"unknown dataset {name!r}: give {known}, or a path that ends in {kinds}")
-    if name not in DATASETS and not (os.path.isfile(name) and os.access(name, os.R_OK)):
-        reason = "cannot be read: check its permissions" if os.path.isfile(name) else "does not exist, or is no file"
-        raise ArgumentTypeError(f"text file {name!r} {reason}")
+        raise ArgumentTypeError(f"unknown dataset {name!r}: give {known}, a folder, or a path that ends in {kinds}")
+    if not os.path.isdir(path) and not os.path.isfile(path):
+        raise ArgumentTypeError(f"text file {path!r} does not exist, or is no file")
+    for file in (path, *files_read(name)) if os.access(path, os.R_OK) else [path]:
+        if not os.access(file, os.R_OK):
+            what = "folder" if os.path.isdir(file) else "file"
+            raise ArgumentTypeError(f"text {what} {file!r} cannot be read: check its permissions")
+    if not files_read(name):
+        raise ArgumentTypeError(f"text folder {path!r} has no file that ends in {', '.join(TEXT_FILES)}")
     return name
 
 

@@ -74,10 +74,13 @@ def settings_of(model, flags: Flags, stored: Mapping[str, Any] | None) -> tuple[
 def evaluate(flags: Flags, given: Mapping[str, Any], stored: Mapping[str, Any] | None = None) -> None:
     """Measure, print, save and draw what the flags ask for; stored is a quantizer file's content, None for no file."""
     begin(flags, given)
-    from simquant import describe, files, kvquant_file, models, plots, report, report_file, texts
+    from simquant import describe, files, kvquant_file, models, plots, report, report_file, text_names, texts
 
-    exported, read = getattr(flags, "export_kvquant", None), [getattr(flags, "quantizer_path", None), *flags.datasets]
-    files.check_writable([flags.output, flags.plot, flags.plot_activations, exported], [*read, flags.model])
+    exported, read = getattr(flags, "export_kvquant", None), text_names.files_read(*flags.datasets)
+    files.check_writable(
+        [flags.output, flags.plot, flags.plot_activations, exported],
+        [*read, *flags.datasets, getattr(flags, "quantizer_path", None), flags.model],
+    )
     file = report_file.ReportFile(flags.output, flags.overwrite)
     if not flags.resume:
         file.check()
@@ -120,13 +123,14 @@ def failure_of(write: Callable[[], object]) -> OSError | None:
 
 def make_record(flags: Flags, shape, windows: Mapping) -> dict[str, Any]:
     """Return what --output says of a run besides its figures: resolved flags, and marks of what it read."""
-    from simquant import models, report_file, speed
+    from simquant import models, report_file, speed, texts
 
     device = models.single_device(flags.device)
     resolved = {"dtype": models.dtype_of(shape), "attn_implementation": shape.config._attn_implementation}
     resolved |= {"device": str(device), "compile": "on" if speed.is_to_compile(flags.compile, device) else "off"}
     read = report_file.digests(windows, getattr(flags, "quantizer_path", None))
     read["model weights"] = models.weights_mark(shape.config)
+    resolved["bos"] = texts.bos_of(flags, shape.config)
     settings = plain_settings(flags) | resolved
     return {"script": Path(sys.argv[0]).name, "model": shape.config.name_or_path, "settings": settings, "sha256": read}
 

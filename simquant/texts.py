@@ -1,34 +1,87 @@
-"""Texts from the hub or from disk, as windows of token ids."""
+"""Texts as windows of token ids: how they are tokenized, the protocols that cut them, and where BOS stands."""
 
 from __future__ import annotations
 
-import json
 import random
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from quant_utils import UserError
 from simquant.memory import free_memory
-from simquant.models import loading
 from simquant.notices import notify
+from simquant.text_files import documents, joined, whole
+from simquant.text_names import C4_FROM, text_label
+from simquant.tokens import Text, special_ids, tokenize, tokenized
 
-ABOUT = {
-    "wikitext2": "WikiText-2 raw test, joined by blank lines, in disjoint windows",
-    "c4": "C4 validation shard 0, one random window from each of up to 256 random documents (GPTQ protocol)",
+ABOUT = {"wikitext2": "WikiText-2 raw test, joined by blank lines", "c4": "C4 validation shard 0"}
+NEEDS_BOS = {  # model_type of families whose perplexity means nothing without BOS in a window: google-deepmind/gemma#44
+    "gemma",
+    "gemma2",
+    "gemma3",
+    "gemma3_text",
+    "gemma3n",
+    "gemma3n_text",
+    "gemma4",
+    "gemma4_text",
+    "gemma4_unified",
+    "gemma4_unified_text",
+    "recurrent_gemma",
+    "vaultgemma",
 }
-ABOUT_FILES = "documents joined by blank lines, in disjoint windows"
 
 
-def tokenize(tokenizer, text: str) -> Tensor:
-    """Return [N] ids of text, tokenized once with the tokenizer's own special tokens: BOS at the very start only."""
-    return tokenizer(text, return_tensors="pt", verbose=False).input_ids[0]
+@dataclass(frozen=True)
+class Reading:
+    """How a text is read: which field of a file's rows it is, and whether BOS begins the text or every window."""
+
+    column: str = "text"
+    bos: str = "text"
 
 
-def disjoint_windows(ids: Tensor, seqlen: int) -> Tensor:
-    """Return [N // seqlen, seqlen]: ids [N] cut into windows, the incomplete tail dropped."""
+AS_PUBLISHED = Reading()
+
+
+def text_ids(name: str, split: str, tokenizer, reading: Reading, most: int | None = None) -> Tensor:
+    """Return [N] ids in int32 of a text, its documents joined by blank lines; of the first `most` alone if given."""
+    text, parts, count = Text(joined(documents(name, split, reading.column))), [], 0
+    for part in tokenized(tokenizer, text, reading.bos):
+        parts.append(part.to(torch.int32))
+        if most is not None and (count := count + len(part)) >= most:
+            break
+    if text.is_blank and not text.read(1):
+        raise UserError(f"{name} is empty: give a text of some windows")
+    if text.crlf:
+        say_crlf(name, text.crlf)
+    ids = torch.cat(parts)
+    return ids if most is None else ids[: min(most, len(ids))]
+
+
+def say_crlf(name: str, lines: int) -> None:
+    """Notify that lines end in CRLF."""
+    notify(f"{lines} of the lines read of {name} end in CRLF, which changes figures: convert it, e.g. with dos2unix")
+
+
+def check_length(name: str, ids: Tensor, least: int) -> None:
+    """Raise UserError if a text has fewer ids [N] than one window takes."""
+    if len(ids) < least:
+        raise UserError(f"{name} has {len(ids)} tokens, and one window takes {least}: lower --seqlen")
+
+
+# -- windows
+
+
+def disjoint_windows(ids: Tensor, seqlen: int, bos: str = "text") -> Tensor:
+    """Return [M,seqlen]: ids [N] cut into windows, the incomplete tail dropped.
+
+    With bos "window", ids begin with BOS, and each window is BOS and the next seqlen - 1 ids.
+    """
+    if bos == "window":
+        rest = disjoint_windows(ids[1:], seqlen - 1)
+        return torch.cat([ids[:1].expand(len(rest), 1), rest], 1)
     count = len(ids) // seqlen
     return ids[: count * seqlen].view(count, seqlen)
 
@@ -39,7 +92,19 @@ def random_cut(ids: Tensor, seqlen: int, rng: random.Random) -> Tensor:
     return ids[start : start + seqlen]
 
 
-def document_windows(tokenizer, documents: Sequence[str], seqlen: int, count: int, seed: int = 0) -> Tensor:
+def begun_with_bos(windows: Tensor, tokenizer, bos: str) -> Tensor:
+    """Return random cuts [N,T]; with bos "window", the first token of each gives way to BOS.
+
+    So the places that are drawn, and what is predicted, are those of the published protocol.
+    """
+    if bos == "window":
+        windows[:, 0] = tokenizer.bos_token_id
+    return windows
+
+
+def document_windows(
+    encode: Callable[[str], Tensor], documents: Sequence[str], seqlen: int, count: int, seed: int = 0
+) -> Tensor:
     """Return [count, seqlen]: one random cut from each of count random documents longer than seqlen tokens.
 
     This is the protocol of GPTQ and KVQuant for C4, draw for draw, so the figures compare with theirs. A document of
@@ -53,107 +118,108 @@ def document_windows(tokenizer, documents: Sequence[str], seqlen: int, count: in
             raise UserError(f"none of {len(documents)} documents is longer than seqlen {seqlen} tokens: lower seqlen")
         i = rng.randint(0, len(documents) - 1)
         if i not in known:
-            whole = tokenize(tokenizer, documents[i]) if len(documents[i].encode()) >= seqlen else torch.empty(0)
-            known[i] = whole if len(whole) > seqlen else None
-        if (ids := known[i]) is not None:
-            windows.append(random_cut(ids, seqlen, rng))
+            ids = encode(documents[i]) if len(documents[i].encode()) >= seqlen else torch.empty(0)
+            known[i] = ids if len(ids) > seqlen else None
+        if (drawn := known[i]) is not None:
+            windows.append(random_cut(drawn, seqlen, rng))
     return torch.stack(windows)
+
+
+def windows_of_documents(name: str, split: str, tokenizer, reading: Reading, draw: tuple[int, int, int]) -> Tensor:
+    """Return document_windows of a text as a Reading says; draw is (seqlen, count, seed)."""
+    found = [whole(document, name) for document in documents(name, split, reading.column)]
+    if lines := sum(document.count("\r\n") for document in found):
+        say_crlf(name, lines)
+    windows = document_windows(partial(tokenize, tokenizer, bos=reading.bos), found, *draw)
+    return begun_with_bos(windows, tokenizer, reading.bos)
+
+
+def evaluation_windows(name: str, tokenizer, seqlen: int, limit: int, reading: Reading = AS_PUBLISHED) -> Tensor:
+    """Return [N,seqlen] ids, N <= limit: a text's disjoint windows in order, or c4's random ones (at most 256)."""
+    if text_label(name) == "c4":
+        return windows_of_documents(name, "test", tokenizer, reading, (seqlen, min(256, limit), 0))
+    most = limit * seqlen if reading.bos == "text" else limit * (seqlen - 1) + 1
+    ids = text_ids(name, "test", tokenizer, reading, most)
+    check_length(name, ids, seqlen)
+    return disjoint_windows(ids.long(), seqlen, reading.bos)
+
+
+def calibration_windows(
+    name: str, tokenizer, seqlen: int, count: int, seed: int, reading: Reading = AS_PUBLISHED
+) -> Tensor:
+    """Return [count,seqlen] ids: random cuts of a text's train split, or of the text itself."""
+    if text_label(name) == "c4":
+        return windows_of_documents(name, "train", tokenizer, reading, (seqlen, count, seed))
+    ids, rng = text_ids(name, "train", tokenizer, reading), random.Random(seed)
+    check_length(name, ids, seqlen + 1)
+    windows = torch.stack([random_cut(ids, seqlen, rng) for _ in range(count)]).long()
+    return begun_with_bos(windows, tokenizer, reading.bos)
+
+
+# -- what the flags ask for
+
+
+def about(name: str, bos: str) -> str:
+    """Return a line that says what a text is, how it is cut, and where BOS stands."""
+    label, is_random = text_label(name), text_label(name) == "c4"
+    source = ABOUT.get(name) or (name.removeprefix(C4_FROM) if is_random else "documents joined by blank lines")
+    cut = (
+        "one random window from each of up to 256 random documents (GPTQ protocol)"
+        if is_random
+        else "in disjoint windows"
+    )
+    start = f"BOS at the start of {'a document' if is_random else 'the text'} alone"
+    return f"{label}: {source}, {cut}, {'each window begins with BOS' if bos == 'window' else start}"
 
 
 def load(flags, config, tokenizer) -> dict[str, Tensor]:
     """Return {dataset: windows [N,seqlen]}, checked against what a model of this config can take."""
-    made = {name: evaluation_windows(name, tokenizer, flags.seqlen, flags.limit) for name in flags.datasets}
+    reading, how = reading_of(flags, config, tokenizer), (flags.seqlen, flags.limit)
+    made = {text_label(name): evaluation_windows(name, tokenizer, *how, reading) for name in flags.datasets}
     check_windows(config, torch.cat(list(made.values())))
+    check_bos(tokenizer, reading.bos, torch.stack([windows[0] for windows in made.values()]))
     return made
 
 
 def load_for_calibration(flags, config, tokenizer) -> Tensor:
     """Return [nsamples,seqlen] ids of the calibration text, checked against what a model of this config can take."""
-    if (need := 8 * flags.nsamples * flags.seqlen) > free_memory(torch.device("cpu")):
-        raise UserError(f"--nsamples {flags.nsamples} takes {need >> 30} GiB for the token ids alone: lower it")
-    windows = calibration_windows(flags.calib_dataset, tokenizer, flags.seqlen, flags.nsamples, flags.seed)
+    if (need := 12 * flags.nsamples * flags.seqlen) > free_memory(torch.device("cpu")):
+        asked = f"--nsamples {flags.nsamples} windows of --seqlen {flags.seqlen}"
+        raise UserError(f"{asked} take {need >> 30} GiB for the token ids alone: lower them")
+    reading, draw = reading_of(flags, config, tokenizer), (flags.seqlen, flags.nsamples, flags.seed)
+    windows = calibration_windows(flags.calib_dataset, tokenizer, *draw, reading)
     check_windows(config, windows)
+    check_bos(tokenizer, reading.bos, windows[:1])
     return windows
 
 
-def load_documents(name: str, split: str = "test") -> list[str]:
-    """Return the documents of wikitext2 or c4, their "test" or "train" split, or of a text file."""
-    if name not in ("wikitext2", "c4"):
-        return read_text_file(name)
-    with loading(f"dataset {name!r}"):
-        from datasets import load_dataset
-
-        if name == "wikitext2":
-            rows = load_dataset("Salesforce/wikitext", "wikitext-2-raw-v1", split=split)
-        else:
-            shard = "c4-train.00000-of-01024" if split == "train" else "c4-validation.00000-of-00008"
-            rows = load_dataset("allenai/c4", data_files={split: f"en/{shard}.json.gz"}, split=split)
-    return rows[:]["text"]
+def bos_of(flags, config) -> str:
+    """Return --bos with auto resolved: "text", or "window" for the families that need BOS in every window."""
+    if flags.bos != "auto":
+        return flags.bos
+    return "window" if {config.model_type, config.get_text_config().model_type} & NEEDS_BOS else "text"
 
 
-def read_text_file(path: str) -> list[str]:
-    """Return the documents of a text file: a .txt is one, a .jsonl or .parquet has one a row in column `text`."""
-    if path.lower().endswith(".parquet"):
-        return read_parquet(path)
-    try:
-        text = Path(path).read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(f"text file {path!r} is not UTF-8 (byte {error.start}): convert it, e.g. with iconv") from error
-    if path.lower().endswith(".txt"):
-        return [text]
-    return [jsonl_text(path, number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+def reading_of(flags, config, tokenizer) -> Reading:
+    """Return how the flags ask for texts to be read. UserError for a BOS that the tokenizer lacks."""
+    bos = bos_of(flags, config)
+    if bos == "window" and tokenizer.bos_token_id is None:
+        raise UserError(f"--bos {flags.bos} begins each window with BOS, and the tokenizer has none: give --bos text")
+    return Reading(flags.text_column, bos)
 
 
-def read_parquet(path: str) -> list[str]:
-    """Return the column `text` of a parquet file."""
-    with loading(f"text file {path!r}"):
-        from pyarrow import parquet
+def check_bos(tokenizer, bos: str, windows: Tensor) -> None:
+    """Notify, once, of texts that lack the BOS of the tokenizer, or whose first windows [N,T] have it twice.
 
-        columns = parquet.read_schema(path).names
-        texts = parquet.read_table(path, columns=["text"])["text"].to_pylist() if "text" in columns else []
-    if "text" not in columns:
-        raise UserError(f"text file {path!r} has no column `text`; its columns are: {', '.join(columns)}")
-    if bad := [number for number, text in enumerate(texts, 1) if not isinstance(text, str)]:
-        raise UserError(f"text file {path!r}, row {bad[0]} has no string under `text`: remove such rows")
-    return texts
-
-
-def jsonl_text(path: str, number: int, line: str) -> str:
-    """Return the string under `text` in one line of a .jsonl file."""
-    try:
-        text = json.loads(line)["text"]
-        text.encode()  # a lone surrogate is no text
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"text file {path!r}, line {number} is not JSON, or no Unicode: {error}") from error
-    except (TypeError, KeyError, AttributeError) as error:
-        raise UserError(f'text file {path!r}, line {number} is not an object with a string under "text"') from error
-    return text
-
-
-def load_ids(name: str, split: str, tokenizer, least: int) -> Tensor:
-    """Return [N] ids of a text, its documents joined by blank lines; N is at least `least`, what one window takes."""
-    text = "\n\n".join(load_documents(name, split))
-    if not text.strip():
-        raise UserError(f"{name} is empty: give a text of at least {least} tokens")
-    ids = tokenize(tokenizer, text)
-    if len(ids) < least:
-        raise UserError(f"{name} has {len(ids)} tokens, and one window takes {least}: lower --seqlen")
-    return ids
-
-
-def evaluation_windows(name: str, tokenizer, seqlen: int, limit: int) -> Tensor:
-    """Return [N,seqlen] ids, N <= limit: a text's disjoint windows in order, or c4's random ones (at most 256)."""
-    if name == "c4":
-        return document_windows(tokenizer, load_documents(name), seqlen, min(256, limit))
-    return disjoint_windows(load_ids(name, "test", tokenizer, seqlen), seqlen)[:limit]
-
-
-def calibration_windows(name: str, tokenizer, seqlen: int, count: int, seed: int) -> Tensor:
-    """Return [count,seqlen] ids: random cuts of a text's train split, or of the text itself."""
-    if name == "c4":
-        return document_windows(tokenizer, load_documents(name, "train"), seqlen, count, seed)
-    ids, rng = load_ids(name, "train", tokenizer, seqlen + 1), random.Random(seed)
-    return torch.stack([random_cut(ids, seqlen, rng) for _ in range(count)])
+    A BOS that is also the end of a document, as GPT-2's, is one that models go without.
+    """
+    own, token = tokenizer.bos_token_id, tokenizer.bos_token
+    if own is None:
+        return
+    if (windows[:, :2] == own).all(1).any():
+        notify(f"a text begins with BOS {token!r} twice: remove the one that stands in it, or give --bos text")
+    elif bos == "text" and own != tokenizer.eos_token_id and own not in special_ids(tokenizer)[0]:
+        notify(f"the tokenizer has a BOS {token!r} and begins no text with it: was the model? Then give --bos window")
 
 
 def check_windows(config, windows: Tensor) -> None:
