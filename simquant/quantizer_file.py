@@ -102,8 +102,9 @@ def content_of(path: str) -> bytes:
 def check_contents(data: Mapping[str, Any]) -> None:
     """Raise UserError unless flags, model and names are of the types that they should be; KeyError if they lack."""
     about, values = data["model"], [each if isinstance(each, list) else [each] for each in data["settings"].values()]
+    is_plain = lambda each: type(each) in (bool, int, float, NoneType) or is_name(each)  # noqa: E731
     sound = {
-        "settings": all(type(each) in (bool, int, float, str, NoneType) for value in values for each in value),
+        "settings": all(len(value) <= 1024 and all(map(is_plain, value)) for value in values),
         "channels": all(type(each) in (int, NoneType) for each in about["channels"].values()),
         "model": all(about[name] is None or is_name(about[name]) for name in ("name", "type")),
         "quantizers": all(is_name(each) for each in data["quantizers"]),
