@@ -94,8 +94,8 @@ class PlainUnpickler(pickle._Unpickler):
         """Return the pickle's content: values of admitted types, nested at most MOST_DEPTH deep."""
         level = [whole := super().load()]
         for _ in range(MOST_DEPTH):
-            if odd := [each for each in level if type(each) not in ADMITTED]:
-                raise RefusedPickle(f"it holds a {type(odd[0]).__name__}, which is no plain value")
+            if any(type(each) not in ADMITTED for each in level):
+                raise RefusedPickle("it holds something that is no plain value")
             nested = [each for each in level if type(each) in (list, tuple, dict)]
             level = [part for each in nested for part in (each.values() if type(each) is dict else each)]
         if level:
@@ -182,7 +182,7 @@ def array_of(value: Any) -> Any:
     """Return the tensor or array that a pickle holds; RefusedPickle for anything else."""
     value = value.value if type(value) is PickledArray else value
     if type(value) not in (Tensor, np.ndarray):
-        raise RefusedPickle(f"it has a {type(value).__name__} in place of a tensor or an array")
+        raise RefusedPickle("it has something else in place of a tensor or an array")
     return value
 
 

@@ -57,8 +57,9 @@ def heading(flags, sites: Iterable[Site]) -> str:
     words: dict[str, str] = {}  # {part: of its quantizer}
     for setting in flags.plan().settings(sites).values():
         words |= {site.part: str(quantizer) for site, quantizer in setting.items()}
-    by_words = {each: " and ".join(part for part in words if words[part] == each) for each in words.values()}
-    lines = [flags.model.rstrip("/").rpartition("/")[2], *(f"{parts}: {each}" for each, parts in by_words.items())]
+    parts = [part for part in qu.PARTS if part in words]
+    by_words = {words[part]: " and ".join(each for each in parts if words[each] == words[part]) for part in parts}
+    lines = [flags.model.rstrip("/").rpartition("/")[2], *(f"{named}: {each}" for each, named in by_words.items())]
     lines += [f"unquantized layers: {', '.join(map(str, flags.skip_layers))}"] * bool(flags.skip_layers)
     return "\n".join(textwrap.fill(drawable(line), 100) for line in lines)
 
