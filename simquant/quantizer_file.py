@@ -77,8 +77,9 @@ def load(path: str) -> dict[str, Any]:
             data = read_ours(content) if zipfile.is_zipfile(io.BytesIO(content)) else kvquant_file.read(content)
         check_contents(data)
     except Exception as error:  # a damaged archive or pickle can raise anything
-        is_plain = isinstance(error, (UserError, kvquant_file.RefusedPickle))
-        reason = f" ({' '.join(str(error).split())})" if is_plain else ""
+        is_told = isinstance(error, (UserError, kvquant_file.RefusedPickle))
+        told = str(error) if is_told else "it takes more memory than there is" if isinstance(error, MemoryError) else ""
+        reason = f" ({' '.join(told.split())})" if told else ""
         advice = "calibrate again, or get it again"
         raise UserError(f"quantizer file {path!r} is damaged, or holds more than data{reason}: {advice}") from error
     return {**data, "path": path}
