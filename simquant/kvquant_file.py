@@ -154,8 +154,8 @@ TORCH: dict[str, Any] = {  # what torch.save writes
     "collections.OrderedDict": lambda: {},
     "torch._utils._rebuild_tensor_v2": rebuilt,
 }
-for kind in ("Float", "Double", "Half", "BFloat16", "Long", "Int", "Short", "Char", "Byte", "Bool"):
-    TORCH[f"torch.{kind}Storage"] = getattr(torch, f"{kind}Storage").dtype
+for kind in ("Float", "Double", "Half", "BFloat16", "Long", "Int", "Short", "Bool"):
+    TORCH[f"torch.{kind}Storage"] = getattr(torch, kind.lower())
 
 
 def loose_storage(content: bytes) -> Tensor:

@@ -128,7 +128,7 @@ def test_a_pickle_that_would_run_code_is_refused_and_runs_none(tmp_path, protoco
     assert (tmp_path / "works").is_dir()
     bomb = Bomb(tmp_path / "executed")
     for content in (bomb, {"model.layers.0.self_attn.k_proj": (torch.ones(1, 4), -torch.ones(1, 4), bomb)}):
-        refused(tmp_path, pickle.dumps(content, protocol), r"holds more than data.*mkdir")
+        refused(tmp_path, pickle.dumps(content, protocol), r"holds more than data.*(mkdir|opcode)")
     assert not (tmp_path / "executed").exists()
 
 
