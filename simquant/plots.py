@@ -5,30 +5,63 @@ from __future__ import annotations
 import io
 import itertools
 import math
+import textwrap
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 
 import quant_utils as qu
-from quant_utils import Setting, UserError
+from quant_utils import Setting, Site, UserError
 from simquant import report
 from simquant.files import write_atomically
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Okabe and Ito: told apart by everyone
 MARKERS = "os^Dv*"
 DRAWN_TOKENS = 256
+DPI, SPREAD = 150, 20
+GAPS = (8, 14, 22, 34, 50, 70, 100, 140, 190)  # pixels between a point and its label
+TURNS = [  # right and left, above and below, corners, and what lies between
+    np.clip([2**0.5 * math.cos(step * math.pi / 8), 2**0.5 * math.sin(step * math.pi / 8)], -1, 1)
+    for step in (0, 8, 4, 12, 2, 6, 10, 14, *range(1, 16, 2))
+]
+
+
+@contextmanager
+def quiet_fonts() -> Iterator[None]:
+    """Let a letter that the font lacks be drawn as a box, without a warning, inside the block."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing")
+        yield
 
 
 def save_figure(path: str, figure) -> None:
     """Write a matplotlib figure, atomically, as its ending says."""
     content, form = io.BytesIO(), Path(path).suffix[1:].lower()
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing")  # of a text file's name: it is drawn as a box
-        figure.savefig(content, format=form, dpi=150, metadata={"Date": None} if form == "svg" else None)
+    with quiet_fonts():
+        figure.savefig(content, format=form, dpi=DPI, metadata={"Date": None} if form == "svg" else None)
     write_atomically(path, lambda file: file.write(content.getbuffer()))
+
+
+def drawable(text: str) -> str:
+    """Return text in which matplotlib sees no formula and no byte that is no letter."""
+    return text.encode("utf-8", "backslashreplace").decode().replace("$", r"\$")
+
+
+def heading(flags, sites: Iterable[Site]) -> str:
+    """Return the title of a picture: the model's name, and what keys and values go through, whatever the width."""
+    words: dict[str, str] = {}  # {part: of its quantizer}
+    for setting in flags.plan().settings(sites).values():
+        words |= {site.part: str(quantizer) for site, quantizer in setting.items()}
+    parts = [part for part in qu.PARTS if part in words]
+    by_words = {words[part]: " and ".join(each for each in parts if words[each] == words[part]) for part in parts}
+    lines = [flags.model.rstrip("/").rpartition("/")[2], *(f"{named}: {each}" for each, named in by_words.items())]
+    lines += [f"unquantized layers: {', '.join(map(str, flags.skip_layers))}"] * bool(flags.skip_layers)
+    return "\n".join(textwrap.fill(drawable(line), 100) for line in lines)
 
 
 def titles_of(rows: Iterable[Mapping]) -> dict[str, str]:
@@ -36,8 +69,8 @@ def titles_of(rows: Iterable[Mapping]) -> dict[str, str]:
     datasets = list(dict.fromkeys(row["dataset"] for row in rows))
     names = [Path(dataset).name for dataset in datasets]
     names = names if len(set(names)) == len(names) else datasets
-    drawable = [name.encode("utf-8", "backslashreplace").decode().replace("$", r"\$") for name in names]
-    return {dataset: " " * (name[0] == "_") + name for dataset, name in zip(datasets, drawable, strict=True)}
+    shown = map(drawable, names)
+    return {dataset: " " * (name[0] == "_") + name for dataset, name in zip(datasets, shown, strict=True)}
 
 
 def errors_of(rows: Iterable[Mapping], name: str) -> list[float] | None:
@@ -46,33 +79,94 @@ def errors_of(rows: Iterable[Mapping], name: str) -> list[float] | None:
     return None if None in errors else errors
 
 
-def draw_sweep(rows: Sequence[Mapping]):
-    """Draw perplexity, or how much it grows, over average bits, a curve for each dataset, with standard errors."""
+def draw_sweep(rows: Sequence[Mapping], title: str = ""):
+    """Draw perplexity, or how much it grows, over average bits, with standard errors.
+
+    A curve for each dataset joins the widths that keys and values share; the others stand alone.
+    """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8, 5), layout="constrained")
+    figure = Figure(figsize=(8, 5), dpi=DPI, layout="constrained")
     axes = figure.add_subplot()
     is_paired = rows[0]["delta_ppl"] is not None
-    name = "delta_ppl" if is_paired else "ppl"
-    styles = zip(titles_of(rows).items(), itertools.cycle(COLOURS), itertools.cycle(MARKERS))
-    for (dataset, title), colour, marker in styles:
+    name, form = ("delta_ppl", "+.3g") if is_paired else ("ppl", ".2f")
+    styles, labels = zip(titles_of(rows).items(), itertools.cycle(COLOURS), itertools.cycle(MARKERS)), []
+    drawn: list[Mapping] = []
+    for (dataset, text), colour, marker in styles:
         unquantized, *others = (row for row in rows if row["dataset"] == dataset)
         shown = sorted(others if is_paired else [unquantized, *others], key=bits_of)
-        bits = [bits_of(row) for row in shown]
-        label = f"{title} (unquantized: {unquantized['ppl']:.2f})" if is_paired else title
-        style: dict[str, Any] = {"color": colour, "marker": marker, "markersize": 7, "linewidth": 1.5, "capsize": 4}
-        axes.errorbar(bits, [row[name] for row in shown], errors_of(shown, name), label=label, **style)
-        for x, row in zip(bits, shown, strict=True):
-            text = f"{row[name]:+.3g}" if is_paired else f"{row[name]:.2f}"
-            axes.annotate(text, (x, row[name]), (6, 6), textcoords="offset points", color=colour)
-    if is_paired:
+        label = f"{text} (unquantized: {unquantized['ppl']:.2f})" if is_paired else text
+        style: dict[str, Any] = {"color": colour, "marker": marker, "markersize": 6, "linewidth": 1.5, "capsize": 4}
+        for is_mixed, look in ((False, {"label": label}), (True, {"linestyle": "none", "markerfacecolor": "white"})):
+            mine = [row for row in shown if isinstance(row["abits"], str) == is_mixed]
+            if mine or not is_mixed:
+                at = [bits_of(row) for row in mine], [row[name] for row in mine]
+                axes.errorbar(*at, errors_of(mine, name), **style | look)
+        drawn += shown
+        labels += [(bits_of(row), row[name], f"{row['abits']}-bit {row[name]:{form}}", colour) for row in shown]
+    set_scale(axes, drawn, name)
+    if is_paired and axes.get_yscale() != "log":
         axes.axhline(0, color="black", linestyle="--", linewidth=1, label="unquantized")
     axes.set_xlabel("average bits per cached entry")
     axes.set_ylabel("increase of perplexity (± SE)" if is_paired else "perplexity (± SE)")
-    axes.margins(x=0.12, y=0.12)
+    axes.margins(x=0.12, y=0.15)
     axes.grid(alpha=0.3)
-    axes.legend()
+    axes.set_title(title, fontsize=9)
+    figure.legend(loc="outside lower center", ncols=2)
+    place_labels(axes, labels)
     return figure
+
+
+def set_scale(axes, rows: Sequence[Mapping], name: str) -> None:
+    """Let the vertical axis be logarithmic if the figures differ by more than a factor of SPREAD.
+
+    Around zero it stays linear, if a figure is no farther from there than its standard error, or below.
+    """
+    figures = [(row[name], row[f"{name}_se"] or 0.0) for row in rows]
+    sizes = [abs(value) for value, _ in figures if value]
+    unclear = max((2 * error for value, error in figures if abs(value) <= error), default=0.0)
+    linear = unclear or min(sizes, default=0.0)
+    if max(sizes, default=0.0) <= SPREAD * linear:
+        return
+    if all(value > error for value, error in figures):
+        axes.set_yscale("log")
+    else:
+        axes.set_yscale("symlog", linthresh=linear)
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+
+
+def place_labels(axes, labels: Sequence[tuple[float, float, str, str]]) -> None:
+    """Write each (x, y, text, colour) near its point, inside the axes and over no other; best over nothing at all.
+
+    A label that finds no room is left out. The axes must not change afterwards.
+    """
+    from matplotlib.transforms import Bbox
+
+    with quiet_fonts():
+        axes.figure.draw_without_rendering()  # so that it is known what lies where
+    points, taken = axes.transData.transform([label[:2] for label in labels]), list[Bbox]()
+    lines = [line.get_path().transformed(line.get_transform()) for line in axes.lines]
+    lines += [path.transformed(axes.transData) for bars in axes.collections for path in bars.get_paths()]
+
+    def cost(box: Bbox) -> float:
+        if box.count_overlaps(taken) or not all(axes.bbox.contains(*corner) for corner in box.corners()):
+            return math.inf
+        return 200 * box.count_contains(points) + 20 * sum(line.intersects_bbox(box, filled=False) for line in lines)
+
+    for (x, y, text, colour), point in zip(labels, points, strict=True):
+        style: dict[str, Any] = {"fontsize": 8, "color": colour, "ha": "center", "va": "center"}
+        words = axes.annotate(text, (x, y), **style)
+        size = words.get_window_extent().padded(3).size
+        words.remove()
+        places = [(gap, (size / 2 + gap) * turn) for gap in GAPS for turn in TURNS]
+        boxes = [Bbox.from_bounds(*(point + shift - size / 2), *size) for _, shift in places]
+        costs = [cost(box) + gap for box, (gap, _) in zip(boxes, places, strict=True)]
+        if (least := min(costs)) < math.inf:
+            gap, shift = places[costs.index(least)]
+            taken.append(boxes[costs.index(least)])
+            arrow = {"arrowstyle": "-", "linewidth": 0.5, "color": colour} if gap > GAPS[1] else None
+            offset = {"xytext": shift * 72 / DPI, "textcoords": "offset points"}
+            axes.annotate(text, (x, y), **offset, **style, arrowprops=arrow).set_in_layout(False)
 
 
 def bits_of(row: Mapping) -> float:
@@ -80,14 +174,14 @@ def bits_of(row: Mapping) -> float:
     return 16.0 if row["avg_bits"] is None else row["avg_bits"]
 
 
-def draw_attribution(rows: Sequence[Mapping]):
+def draw_attribution(rows: Sequence[Mapping], title: str = ""):
     """Draw bars of how much the perplexity grows if only a part of the cache is quantized, a line for each dataset."""
     from matplotlib.figure import Figure
 
     titles = titles_of(rows)
     figure = Figure(figsize=(8, 4 * len(titles)), layout="constrained")
     panels = figure.subplots(len(titles), 2, squeeze=False, width_ratios=(1, 3))
-    for (dataset, title), line in zip(titles.items(), panels, strict=True):
+    for (dataset, text), line in zip(titles.items(), panels, strict=True):
         _, *mine = (row for row in rows if row["dataset"] == dataset)
         parts, layers = ([row for row in mine if (row["layer"] is None) == is_part] for is_part in (True, False))
         names = [row["quantized"].replace(" and ", "\n+ ") for row in parts], [str(row["layer"]) for row in layers]
@@ -100,11 +194,12 @@ def draw_attribution(rows: Sequence[Mapping]):
         line[0].set_xlabel("quantized in all layers")
         line[1].set_xlabel("the only quantized layer")
         line[1].set_xticks(range(0, len(layers), math.ceil(len(layers) / 16)))
-        line[1].set_title(f"{title}, {mine[0]['abits']} bits")
+        line[1].set_title(f"{text}, {mine[0]['abits']} bits", fontsize=10)
+    figure.suptitle(title, fontsize=9)
     return figure
 
 
-def draw_activations(model, window: Tensor, setting: Setting, layer: int):
+def draw_activations(model, window: Tensor, setting: Setting, layer: int, title: str = ""):
     """Draw |K| and |V| of one layer over tokens and channels, before and after quantization, kept outliers marked.
 
     window is [T] ids; ranges are those of all of it, and its first DRAWN_TOKENS tokens are drawn.
@@ -130,17 +225,18 @@ def draw_activations(model, window: Tensor, setting: Setting, layer: int):
             line[1].scatter(*given.outliers[0, :DRAWN_TOKENS].nonzero().T, s=3, linewidths=0, color="#D55E00")
             line[1].set_title(f"{line[1].get_title()}, outliers marked")
         figure.colorbar(drawn, ax=list(line), label="magnitude")
+    figure.suptitle(title, fontsize=9)
     return figure
 
 
 def draw(flags, model, run, setting: Setting) -> None:
     """Save the pictures that the flags ask for; setting is what --plot_activations shows."""
-    rows = report.all_results(run)
+    rows, title = report.all_results(run), heading(flags, run.sites)
     if flags.plot is not None:
-        save_figure(flags.plot, draw_attribution(rows) if flags.attribution else draw_sweep(rows))
+        save_figure(flags.plot, (draw_attribution if flags.attribution else draw_sweep)(rows, title))
     if flags.plot_activations is not None:
-        window, layer = run.texts[flags.datasets[0]][0], drawn_layer(setting, flags.plot_layer)
-        save_figure(flags.plot_activations, draw_activations(model, window, setting, layer))
+        window, layer = next(iter(run.texts.values()))[0], drawn_layer(setting, flags.plot_layer)
+        save_figure(flags.plot_activations, draw_activations(model, window, setting, layer, title))
 
 
 def drawn_layer(setting: Setting, asked: int | None) -> int:

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import importlib
 import io
+import os
 import pkgutil
+import stat
+import sys
 import warnings
 import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
+from pathlib import Path
 from types import NoneType
 from typing import Any, NamedTuple
 
@@ -20,6 +24,7 @@ from simquant import formats, kvquant_file
 from simquant.files import write_atomically
 
 FORMAT, VERSION = "kvquant simulation: calibrated quantizers", 3
+MOST_BYTES, MOST_MEMBERS = 2**30, 2**16
 
 
 def state_of(quantizer: Quantizer) -> dict[str, Any]:
@@ -35,8 +40,10 @@ def made_of(state: Mapping[str, Any]) -> Quantizer:
     for module in pkgutil.iter_modules(formats.__path__, f"{formats.__name__}."):
         importlib.import_module(module.name)
     classes = {each.__name__: each for each in subclasses(Quantizer)}
+    if (name := state["class"]) not in classes:
+        raise UserError(f"it is for the format {str(name)[:40]!r}, which this program lacks")
     parts = {n: made_of(value) if isinstance(value, dict) else value for n, value in state.items() if n != "class"}
-    return classes[state["class"]](**parts)
+    return classes[name](**parts)
 
 
 def subclasses(cls: Any) -> list[Any]:
@@ -63,44 +70,87 @@ def load(path: str) -> dict[str, Any]:
 
     Raises UserError for a file that is damaged, of a later version, or holds anything but data.
     """
+    content = content_of(path)
     try:
-        with open(path, "rb"), warnings.catch_warnings():
+        with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            data = read_ours(path) if zipfile.is_zipfile(path) else kvquant_file.read(path)
+            data = read_ours(content) if zipfile.is_zipfile(io.BytesIO(content)) else kvquant_file.read(content)
         check_contents(data)
-    except OSError as error:
-        raise UserError(
-            f"quantizer file {path!r} cannot be read ({error.strerror}): make it with --calibrate"
-        ) from error
     except Exception as error:  # a damaged archive or pickle can raise anything
-        reason = str(error) if isinstance(error, (UserError, kvquant_file.RefusedPickle)) else type(error).__name__
+        is_told = isinstance(error, (UserError, kvquant_file.RefusedPickle))
+        told = str(error) if is_told else "it takes more memory than there is" if isinstance(error, MemoryError) else ""
+        reason = f" ({' '.join(told.split())})" if told else ""
         advice = "calibrate again, or get it again"
-        raise UserError(f"quantizer file {path!r} is damaged, or holds more than data ({reason}): {advice}") from error
+        raise UserError(f"quantizer file {path!r} is damaged, or holds more than data{reason}: {advice}") from error
     return {**data, "path": path}
+
+
+def content_of(path: str) -> bytes:
+    """Return the bytes of a file. UserError for what cannot be read, or is far too large for a quantizer file."""
+    try:
+        status = os.stat(path)
+        if not stat.S_ISREG(status.st_mode):
+            reason = "it is not a regular file"
+        elif status.st_size > MOST_BYTES:
+            reason = f"it has {status.st_size} bytes, and a quantizer file at most {MOST_BYTES}"
+        else:
+            return Path(path).read_bytes()
+    except OSError as error:
+        reason = str(error.strerror)
+    raise UserError(f"quantizer file {path!r} cannot be read ({reason}): give one that --calibrate made")
 
 
 def check_contents(data: Mapping[str, Any]) -> None:
     """Raise UserError unless flags, model and names are of the types that they should be; KeyError if they lack."""
     about, values = data["model"], [each if isinstance(each, list) else [each] for each in data["settings"].values()]
+    is_plain = lambda each: type(each) in (bool, int, float, NoneType) or is_name(each)  # noqa: E731
     sound = {
-        "settings": all(type(each) in (bool, int, float, str, NoneType) for value in values for each in value),
+        "settings": all(len(value) <= 1024 and all(map(is_plain, value)) for value in values),
         "channels": all(type(each) in (int, NoneType) for each in about["channels"].values()),
-        "model": all(type(about[name]) in (str, NoneType) for name in ("name", "type")),
-        "quantizers": all(type(each) is str for each in data["quantizers"]),
+        "model": all(about[name] is None or is_name(about[name]) for name in ("name", "type")),
+        "quantizers": all(is_name(each) for each in data["quantizers"]),
     }
     if wrong := [name for name, is_sound in sound.items() if not is_sound]:
         raise UserError(f"its {wrong[0]} are of another type")
 
 
-def read_ours(path: str) -> dict[str, Any]:
-    """Return the content of a file that save wrote, its checksums verified, its quantizers made.
+def is_name(value: Any) -> bool:
+    """Return whether value is a text that fits into a message of one line."""
+    return type(value) is str and len(value) <= 4096 and len(value.splitlines()) <= 1
+
+
+def read_archive(content: bytes) -> Any:
+    """Return what torch.save put into an archive, its checksums verified. It never compresses, nor overlaps parts."""
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
+        members = archive.infolist()
+        is_packed = any(each.compress_type != zipfile.ZIP_STORED for each in members)
+        if is_packed or sum(each.file_size for each in members) > len(content) or len(members) > MOST_MEMBERS:
+            raise UserError("its parts are compressed, too many, or larger than the file")
+        if damaged := archive.testzip():
+            raise UserError(f"{damaged[:80]!r} does not match its checksum")
+        (stem,) = (each.filename[:-8] for each in members if each.filename.endswith("/data.pkl"))
+        if f"{stem}byteorder" in archive.NameToInfo and archive.read(f"{stem}byteorder").decode() != sys.byteorder:
+            raise UserError("it is from a machine of another byte order")
+        read: dict[str, Tensor] = {}
+
+        def storage(dtype: torch.dtype, key: str, numel: int) -> Tensor:
+            if key in read and len(read[key]) > 8 * kvquant_file.MOST_LEVELS:
+                raise UserError("it holds something large twice")
+            if key not in read:
+                read[key] = torch.frombuffer(bytearray(archive.read(f"{stem}data/{key}")), dtype=torch.uint8)
+            return read[key].view(dtype)
+
+        return kvquant_file.PlainUnpickler(
+            io.BytesIO(archive.read(f"{stem}data.pkl")), kvquant_file.TORCH, storage
+        ).load()
+
+
+def read_ours(content: bytes) -> dict[str, Any]:
+    """Return the content of a file that save wrote, its quantizers made.
 
     Version 2 held parts of scalar quantizers: a range, and a codebook for each width.
     """
-    with zipfile.ZipFile(path) as archive:
-        if damaged := archive.testzip():
-            raise ValueError(f"{damaged} does not match its checksum")
-    data = torch.load(path, weights_only=True, map_location="cpu")
+    data = read_archive(content)
     version = data["format_version"] if data["format"] == FORMAT else None
     if version not in (2, VERSION):
         raise UserError(f"it has format version {str(version)[:20]}, and this program reads 2 and {VERSION}")
@@ -143,17 +193,24 @@ def fitted(data: Mapping, model_type: str, sites: Sequence[Site], settings: Mapp
 
 def stored(path: str, known: Mapping, site: Site, plain: Any) -> Quantizer:
     """Return the quantizer of a site from what a file has for it by width; plain is the same, not fitted."""
+    reason = ""
     try:
         has_levels = plain.bits in known or plain.levels == "nuq"
         found = known[plain.bits if has_levels else None]  # KVQuant's own files may have ranges alone
         if not isinstance(found, Quantizer):
             found = replace(plain, **(found if plain.axis == "channel" else {**found, "lo": None, "hi": None}))
-        found.quantize(torch.zeros(1, found.sinks + 1, site.channels), {})  # whether it fits so many channels
+        if (found.bits, found.sinks) != (plain.bits, plain.sinks):
+            raise UserError("it has other bits or sinks than its name and its settings say")
+        if not found.sources:  # else it needs what they give
+            found.quantize(torch.zeros(1, found.sinks + 1, site.channels), {})  # whether it fits so many channels
         if getattr(found, "axis", None) == "channel" and getattr(found, "lo", True) is None:
-            raise ValueError("its range is missing")
-    except (KeyError, ValueError, TypeError, RuntimeError, AttributeError) as error:
-        raise UserError(f"quantizer file {path!r} has no usable {plain.bits}-bit quantizer for {site.name}") from error
-    return found
+            raise UserError("its range is missing")
+        return found
+    except UserError as error:
+        reason = f" ({' '.join(str(error).split())})"
+    except (KeyError, ValueError, TypeError, RuntimeError, AttributeError):
+        pass
+    raise UserError(f"quantizer file {path!r} has no usable {plain.bits}-bit quantizer for {site.name}{reason}")
 
 
 class Fit(NamedTuple):

@@ -98,7 +98,7 @@ def test_files_of_every_protocol_are_read(tmp_path, protocol, kind):
     np.testing.assert_array_equal(parts["codebook"], np.sort(centroids[:, 0]).astype(np.float32))
     assert parts["hi"].tolist() == [1] * 4 and parts["lo"].tolist() == [-1] * 4
     assert (parts["scale"], parts["offset"]) == (1.5, 0.25)
-    assert data["quantizers"]["layer.v_proj"][None]["hi"].tolist() == [0, 1, 2, 3, 4, 5, 6, 7]  # in the rows' order
+    assert data["quantizers"]["layer.v_proj"] == {None: {}}  # a range of tokens
     assert data["model"]["channels"] == {"layer.v_proj": None, "layer.k_proj": 4}
 
 
@@ -128,7 +128,7 @@ def test_a_pickle_that_would_run_code_is_refused_and_runs_none(tmp_path, protoco
     assert (tmp_path / "works").is_dir()
     bomb = Bomb(tmp_path / "executed")
     for content in (bomb, {"model.layers.0.self_attn.k_proj": (torch.ones(1, 4), -torch.ones(1, 4), bomb)}):
-        refused(tmp_path, pickle.dumps(content, protocol), r"holds more than data.*mkdir")
+        refused(tmp_path, pickle.dumps(content, protocol), r"holds more than data.*(mkdir|opcode)")
     assert not (tmp_path / "executed").exists()
 
 

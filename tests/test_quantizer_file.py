@@ -1,5 +1,6 @@
 """The quantizer file: the same quantizers back, and nothing executed, whatever the bytes."""
 
+import codecs
 import contextlib
 import io
 import json
@@ -7,15 +8,17 @@ import math
 import os
 import pickle
 import pickletools
+import re
 import signal
 import zipfile
 from argparse import ArgumentTypeError
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from conftest import CALIBRATED_SCRIPT, NANO, SAMPLE, measured, run_script
+from conftest import CALIBRATED_SCRIPT, NANO, SAMPLE, assert_one_line_error, driver, measured, run_script
 from hypothesis import HealthCheck, Phase, assume, given, settings
 from hypothesis import strategies as st
 
@@ -330,3 +333,156 @@ def test_a_call_anywhere_inside_a_file_is_refused_and_not_made(saved, fitted, tm
     with pytest.raises(qu.UserError, match=r"attack\.pkl"):
         quantizer_file.load(str(tmp_path / "attack.pkl"))
     assert not (tmp_path / "no").exists()
+
+
+# -- what would take all memory or all time
+
+
+class Call:
+    """Is pickled as a call."""
+
+    def __init__(self, function, *arguments):
+        self.call = function, arguments
+
+    def __reduce__(self):
+        return self.call
+
+
+def nested(kind):
+    """What holds something four times that holds something four times, 30 deep: 2**60 numbers in 300 bytes."""
+    x = kind([0] * 10)
+    for _ in range(30):
+        x = kind([x] * 4)
+    return x
+
+
+def entry(upper):
+    """A pickle of KVQuant's of a single projection."""
+    return pickle.dumps({"a.k_proj": (upper, upper)})
+
+
+def as_key(opcodes):
+    """A pickle of a dictionary with this key."""
+    return b"\x80\x02}" + opcodes + b"Ns."
+
+
+@pytest.fixture(scope="module")
+def ours():
+    """Make the bytes of our file of one quantizer, with changes of its fields."""
+
+    def make(**changes):
+        state = quantizer_file.state_of(qu.ScalarQuantizer("channel", lo=-torch.ones(128), hi=torch.ones(128)))
+        about = {"format": quantizer_file.FORMAT, "format_version": 3, "settings": FLAGS | {"abits": [4]}}
+        about |= {"model": {"name": "nano", "type": "llama", "channels": {KEYS: 128}}}
+        content = io.BytesIO()
+        torch.save(about | {"quantizers": {KEYS: {4: state | changes}}}, content)
+        return content.getvalue()
+
+    return make
+
+
+def packed(content, method=zipfile.ZIP_STORED, copies=0):
+    """An archive again: compressed, or with many more entries that name the bytes of the first storage."""
+    made = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(content)) as old, zipfile.ZipFile(made, "w", method) as new:
+        for name in old.namelist():
+            new.writestr(name, old.read(name))
+        new.filelist += copies * [next(each for each in new.infolist() if "/data/" in each.filename)]
+    return made.getvalue()
+
+
+def claiming(entries):
+    """A tensor of a loose storage of 4 entries which says that it has more."""
+    loose = io.BytesIO()
+    torch.save(torch.zeros(4).storage(), loose, _use_new_zipfile_serialization=False)
+    said = b"\x8a\x06" + entries.to_bytes(6, "little") + b"N"
+    storage = Call(torch.storage._load_from_bytes, loose.getvalue().replace(b"K\x04N", said))
+    return Call(torch._utils._rebuild_tensor_v2, storage, 0, (1, entries), (entries, 1), False, None)
+
+
+wide, whole, deep = torch.zeros(1).expand(1, 10**9), torch.ones(1, 2**20), b")" + b"\x85" * 500_000
+frombuffer = np.zeros(1).__reduce_ex__(5)[0]
+BOMBS = {  # {(what, what is said of it): its bytes}
+    ("lists of lists", "twice"): lambda ours: entry(nested(list)),
+    ("lists of lists, ours", "twice"): lambda ours: ours(axis=nested(list)),
+    ("tuples of tuples as a key", "twice"): lambda ours: as_key(pickle.dumps(nested(tuple), 2)[2:-1]),
+    ("a deep tuple as a key", "keys"): lambda ours: as_key(deep),  # its hash overflows the stack
+    ("a deep tuple", "deeply"): lambda ours: b"\x80\x02}K\x01" + deep + b"s.",
+    ("stride 0", "more entries than are stored"): lambda ours: entry(wide),
+    ("stride 0, ours", "more entries than are stored"): lambda ours: ours(lo=wide[0], hi=wide[0]),
+    ("a codebook of stride 0", "more entries than are stored"): lambda ours: ours(codebook=wide[0]),
+    ("compressed", "compressed"): lambda ours: packed(ours(lo=torch.zeros(2**25)), zipfile.ZIP_DEFLATED),
+    ("entries that overlap", "larger than the file"): lambda ours: packed(ours(), copies=50_000),
+    ("one tensor for all", "twice"): lambda ours: pickle.dumps({f"{i}.k_proj": (whole, whole) for i in range(10_000)}),
+    ("one storage for all", "twice"): lambda ours: ours(lo=whole[0], **{str(i): whole[0, 0:] for i in range(1000)}),
+    ("a storage that claims to be long", "more entries than are stored"): lambda ours: entry(claiming(2**40)),
+    ("an array of an integer", "data: calibrate again"): lambda ours: entry(
+        Call(frombuffer, 10**11, np.dtype("u1"), (10**11,), "C")
+    ),
+    ("bytes without end", "data: calibrate again"): lambda ours: (
+        b"\x80\x05}K\x01\x96" + (2**36).to_bytes(8, "little") + b"s."
+    ),
+    ("a text encoded often", "twice"): lambda ours: pickle.dumps(
+        [Call(codecs.encode, t, "l1") for t in ["x" * 10**6] * 10**4], 2
+    ),
+    ("16 million lists", "too many values"): lambda ours: b"\x80\x02" + b"]" * 2**24 + b".",
+    ("a million names", "too many values"): lambda ours: pickle.dumps(dict.fromkeys(map(str, range(10**6)))),
+    ("sinks without end", "other bits or sinks"): lambda ours: ours(sinks=10**12),
+    ("a range that overflows", "no lo of"): lambda ours: ours(
+        lo=torch.full((128,), -3e38), hi=torch.full((128,), 3e38)
+    ),
+    ("a published range that overflows", "no lo of"): lambda ours: pickle.dumps(
+        {KEYS: (3e38 * torch.ones(1, 128),) * 2}
+    ),
+}
+LIMITED = """
+import resource, signal
+in_use = next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmData")) * 1024
+resource.setrlimit(resource.RLIMIT_DATA, (in_use + 2**28,) * 2)
+signal.alarm(60)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's account of a process's memory")
+@pytest.mark.parametrize(("name", "reason"), BOMBS)
+def test_a_file_takes_no_more_memory_or_time_than_its_size_deserves(tmp_path, ours, name, reason):
+    (tmp_path / "q.pkl").write_bytes(BOMBS[name, reason](ours))
+    flags = ("--quantizer_path", tmp_path / "q.pkl", "--abits", 4, "--datasets", SAMPLE, "--seqlen", 64)
+    process = run_script(driver(tmp_path, LIMITED), CALIBRATED_SCRIPT, NANO, *flags)
+    assert_one_line_error(process, f"quantizer file '{tmp_path / 'q.pkl'}'", reason)
+    assert len(process.stderr) < 500 and not re.search(r"[a-z]Error|NoneType|Exception", process.stderr)
+
+
+def test_a_file_that_cannot_be_read_is_not_called_damaged(tmp_path, saved, monkeypatch):
+    (tmp_path / "broken.pkl").symlink_to(tmp_path / "gone")
+    os.mkfifo(tmp_path / "pipe.pkl")
+    with open(tmp_path / "huge.pkl", "wb") as file:
+        file.truncate(2**40)
+    for name, reason in (
+        ("broken.pkl", "No such file or directory"),
+        ("pipe.pkl", "it is not a regular file"),
+        ("huge.pkl", "it has 1099511627776 bytes"),
+        ("", "it is not a regular file"),
+    ):
+        with pytest.raises(qu.UserError, match=rf"cannot be read \({reason}"):
+            quantizer_file.load(str(tmp_path / name))
+
+    def forbidden(path):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "read_bytes", forbidden)
+    with pytest.raises(qu.UserError, match=r"cannot be read \(Permission denied\)"):
+        quantizer_file.load(saved)
+
+
+def test_a_quantizer_with_sources_loads_though_they_are_not_there(saved, found):
+    @dataclass(frozen=True, eq=False)
+    class Dependent(qu.ScalarQuantizer):
+        sources: tuple = ((0, "keys"),)
+
+        def quantize(self, x, taps):
+            return qu.Quantized(taps[self.sources[0]].values)
+
+    plain = Dependent("token")
+    made = quantizer_file.made_of(quantizer_file.state_of(plain))
+    assert quantizer_file.stored("q.pkl", {4: made}, found[1], plain) is made

@@ -16,7 +16,6 @@ import subprocess
 import sys
 import termios
 import warnings
-import xml.etree.ElementTree as ET
 
 import pytest
 import torch
@@ -26,12 +25,11 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from quant_utils import ScalarQuantizer, Site, UserError
-from simquant import plots, report, report_file, tables
+from quant_utils import Site, UserError
+from simquant import report, report_file, tables
 from simquant.flags import Flags
 from simquant.methods import Row
 from simquant.parsing import decisive
-from simquant.sites import find_sites
 
 TEXT = ("--datasets", SAMPLE, "--seqlen", "128", "--limit", "6")
 SWEEP = (*TEXT, "--abits", "16,4,2", "--include_sparse", "--batch_size", "2")
@@ -50,19 +48,6 @@ def sweep(tmp_path_factory):
     assert process.returncode == 0 and process.stderr == ""
     assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
     return process, json.loads(out.read_text())
-
-
-@pytest.fixture(scope="module")
-def attribution(tmp_path_factory):
-    """Return (process, report) of an attribution, its bars and a layer's activations drawn."""
-    folder = tmp_path_factory.mktemp("attribution")
-    flags = ("--abits", "2", "--attribution", "--include_sparse", "--plot", folder / "layers.svg")
-    flags = (*flags, "--plot_activations", folder / "k.png", "--output", folder / "out.json")
-    process = run_script(DYNAMIC_SCRIPT, NANO, *TEXT, *flags)
-    assert process.returncode == 0 and process.stderr == ""
-    assert ET.parse(folder / "layers.svg").getroot().tag.endswith("svg")
-    assert (folder / "k.png").read_bytes().startswith(b"\x89PNG")
-    return process, json.loads((folder / "out.json").read_text())
 
 
 def figures(path_or_report):
@@ -390,54 +375,3 @@ def test_any_json_goes_on_or_is_one_line(sweep, tmp_path_factory, data):
     else:
         assert 0 <= run.count[str(SAMPLE)] <= 6
         json.dumps(report.all_results(run), allow_nan=False)
-
-
-def test_an_attribution_has_a_row_and_a_bar_for_each_part_and_layer(attribution):
-    process, rows = attribution[0], attribution[1]["results"]
-    names = ["nothing", "keys", "values", "keys and values", *(f"layer {i}" for i in range(6))]
-    assert [row["quantized"] for row in rows] == names
-    assert [row["layer"] for row in rows] == [None] * 4 + list(range(6)) and "keys and values" in process.stdout
-    assert rows[1]["value_bits"] == rows[2]["key_bits"] == 16 > rows[3]["key_bits"]
-    left, right = plots.draw_attribution(rows).axes
-    assert [bar.get_height() for bar in left.patches] == [row["delta_ppl"] for row in rows[1:4]]
-    assert [bar.get_height() for bar in right.patches] == [row["delta_ppl"] for row in rows[4:]]
-    assert left.get_ylabel() and right.get_xlabel()
-
-
-def test_the_curve_is_the_rows_with_their_errors(sweep):
-    rows = sweep[1]["results"]
-    (axes,) = plots.draw_sweep(rows).axes
-    line, _, (bars,) = axes.containers[0]
-    assert list(line.get_xdata()) == [rows[2]["avg_bits"], rows[1]["avg_bits"]]
-    assert list(line.get_ydata()) == [rows[2]["delta_ppl"], rows[1]["delta_ppl"]]
-    low, high = bars.get_segments()[0][:, 1]
-    assert (high - low) / 2 == pytest.approx(rows[2]["delta_ppl_se"])
-    assert "unquantized" in [text.get_text() for text in axes.get_legend().get_texts()]
-
-
-def test_the_heat_map_has_the_activations_and_marks_the_outliers(model, windows):
-    keys, values = [site for site in find_sites(model) if site.layer == 2]
-    sparse = ScalarQuantizer(axis="channel", bits=2, outliers=0.01, sinks=1)
-    figure = plots.draw_activations(model, windows[0], {keys: sparse, values: ScalarQuantizer("token")}, 2)
-    before, after = (torch.from_numpy(axes.images[0].get_array().data) for axes in figure.axes[:2])  # [C,T]
-    with torch.inference_mode():
-        hidden = model(windows[:1], output_hidden_states=True).hidden_states[2]
-        layer = model.model.layers[2]
-        known = layer.self_attn.k_proj(layer.input_layernorm(hidden))[0]  # [T,C]
-    torch.testing.assert_close(before, known[:256].abs().T, rtol=1e-4, atol=1e-5)
-    body = known[1:]
-    kept = (body <= body.quantile(0.005, 0)) | (body >= body.quantile(0.995, 0))
-    kept = {(token + 1, channel) for token, channel in kept[:255].nonzero().tolist()}
-    marks = {tuple(map(int, place)) for place in figure.axes[1].collections[0].get_offsets()}
-    assert len(kept) > 100 and len(marks ^ kept) <= 0.02 * len(kept) and len(figure.axes[3].collections) == 0
-    assert all(after[channel, token] == before[channel, token] for token, channel in marks)
-
-
-@pytest.mark.parametrize("name", ["a$_^b$.txt", "_a.txt", "数据.txt", os.fsdecode(b"a\xff.txt")])
-def test_any_file_name_is_a_label(sweep, tmp_path, name):
-    figure = plots.draw_sweep([row | {"dataset": f"/some/where/{name}"} for row in sweep[1]["results"]])
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        plots.save_figure(str(tmp_path / "a.svg"), figure)
-    assert ET.parse(tmp_path / "a.svg").getroot().tag.endswith("svg")
-    assert len(figure.axes[0].get_legend().texts) == 2

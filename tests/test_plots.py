@@ -1,0 +1,174 @@
+"""Pictures: what is drawn is what was measured, it is labelled, and labels can be read."""
+
+import itertools
+import json
+import os
+import warnings
+import xml.etree.ElementTree as ET
+
+import pytest
+import torch
+from conftest import DYNAMIC_SCRIPT, NANO, SAMPLE, run_script
+from matplotlib.collections import LineCollection
+from matplotlib.text import Text
+
+from quant_utils import ScalarQuantizer
+from simquant import plots
+from simquant.flags import Flags
+from simquant.sites import find_sites
+
+TEXT = ("--datasets", SAMPLE, "--seqlen", "128", "--limit", "6")
+WIDTHS = (8, 6, 5, 4, 3, 2, "4/2")
+
+
+def rows_of(texts=1, widths=WIDTHS, ratio=4.0, error=0.03, first=40.0):
+    """Rows of a sweep as report.all_results gives them: a bit more divides the increase of perplexity by ratio."""
+    rows = []
+    for number in range(texts):
+        unquantized = {"ppl": 16.5 + number, "ppl_se": 0.2, "delta_ppl": 0.0, "delta_ppl_se": 0.0, "avg_bits": 16.0}
+        rows.append({"dataset": f"text{number}.txt", "abits": 16, **unquantized})
+        for width in widths:
+            bits = sum(map(int, width.split("/"))) / 2 if isinstance(width, str) else width
+            delta = first * (1 + number / 10) * ratio**-bits * (1.5 if isinstance(width, str) else 1)
+            figures = {"ppl": 16.5 + delta, "delta_ppl": delta, "delta_ppl_se": error * abs(delta)}
+            rows.append({**rows[-1], **figures, "abits": width, "avg_bits": bits + 0.25})
+    return rows
+
+
+@pytest.fixture(scope="module")
+def attribution(tmp_path_factory):
+    """Return (process, report) of an attribution, its bars and a layer's activations drawn."""
+    folder = tmp_path_factory.mktemp("attribution")
+    flags = ("--abits", "2", "--attribution", "--include_sparse", "--plot", folder / "layers.svg")
+    flags = (*flags, "--plot_activations", folder / "k.png", "--output", folder / "out.json")
+    process = run_script(DYNAMIC_SCRIPT, NANO, *TEXT, *flags)
+    assert process.returncode == 0 and process.stderr == ""
+    assert ET.parse(folder / "layers.svg").getroot().tag.endswith("svg")
+    assert (folder / "k.png").read_bytes().startswith(b"\x89PNG")
+    return process, json.loads((folder / "out.json").read_text())
+
+
+def test_an_attribution_has_a_row_and_a_bar_for_each_part_and_layer(attribution):
+    process, rows = attribution[0], attribution[1]["results"]
+    names = ["nothing", "keys", "values", "keys and values", *(f"layer {i}" for i in range(6))]
+    assert [row["quantized"] for row in rows] == names
+    assert [row["layer"] for row in rows] == [None] * 4 + list(range(6)) and "keys and values" in process.stdout
+    assert rows[1]["value_bits"] == rows[2]["key_bits"] == 16 > rows[3]["key_bits"]
+    figure = plots.draw_attribution(rows, "a title")
+    left, right = figure.axes
+    assert [bar.get_height() for bar in left.patches] == [row["delta_ppl"] for row in rows[1:4]]
+    assert [bar.get_height() for bar in right.patches] == [row["delta_ppl"] for row in rows[4:]]
+    assert left.get_ylabel() and right.get_xlabel() and figure.get_suptitle() == "a title"
+
+
+def test_the_curve_is_the_rows_with_their_errors():
+    rows = rows_of(widths=(4, 2), ratio=2)
+    figure = plots.draw_sweep(rows, "a title")
+    (axes,) = figure.axes
+    line, _, (bars,) = axes.containers[0]
+    assert list(line.get_xdata()) == [rows[2]["avg_bits"], rows[1]["avg_bits"]]
+    assert list(line.get_ydata()) == [rows[2]["delta_ppl"], rows[1]["delta_ppl"]]
+    low, high = bars.get_segments()[0][:, 1]
+    assert (high - low) / 2 == pytest.approx(rows[2]["delta_ppl_se"])
+    assert axes.get_title() == "a title"
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == [
+        "unquantized",
+        "text0.txt (unquantized: 16.50)",
+    ]
+
+
+def test_a_line_joins_the_widths_that_keys_and_values_share():
+    (axes,) = plots.draw_sweep(rows_of(widths=(3, "4/2", "3/2", 2))).axes
+    joined, alone = (container.lines[0] for container in axes.containers)
+    assert list(joined.get_xdata()) == [2.25, 3.25] and joined.get_linestyle() == "-"
+    assert list(alone.get_xdata()) == [2.75, 3.25] and alone.get_linestyle() == "None"
+
+
+@pytest.mark.parametrize("ratio", [1.1, 2, 4], ids=["linear", "log", "steep"])
+@pytest.mark.parametrize("texts", [1, 2, 3])
+def test_every_point_has_a_label_over_no_other_and_inside_the_axes(tmp_path, texts, ratio):
+    rows = rows_of(texts, ratio=ratio)
+    figure = plots.draw_sweep(rows, "a title\nof two lines")
+    plots.save_figure(str(tmp_path / "a.png"), figure)
+    (axes,) = figure.axes
+    boxes = {text: Text.get_window_extent(text) for text in axes.texts}  # without the line to its point
+    known = sorted(f"{row['abits']}-bit {row['delta_ppl']:+.3g}" for row in rows if row["abits"] != 16)
+    assert sorted(text.get_text() for text in boxes) == known
+    for one, other in itertools.combinations(boxes.values(), 2):
+        assert not one.overlaps(other)
+    for text, box in boxes.items():
+        assert all(axes.bbox.contains(*corner) for corner in box.corners()), text
+
+
+def test_figures_of_many_magnitudes_have_a_logarithmic_axis_with_every_point_on_it():
+    assert plots.draw_sweep(rows_of(widths=(4, 3))).axes[0].get_yscale() == "linear"
+    (axes,) = plots.draw_sweep(rows_of()).axes
+    assert axes.get_yscale() == "log"
+    rows = rows_of(widths=(8, 6, 5, 4, 3, 2))
+    for row, delta, error in zip(rows[1:], (-0.004, 0.0, 0.01), (0.003, 0.002, 0.02), strict=False):
+        row |= {"delta_ppl": delta, "delta_ppl_se": error}
+    (axes,) = plots.draw_sweep(rows).axes
+    assert axes.get_yscale() == "symlog"
+    bottom, top = axes.get_ylim()
+    (bars,) = (each for each in axes.collections if isinstance(each, LineCollection))
+    assert len(bars.get_segments()) == 6
+    assert all(bottom < y < top for segment in bars.get_segments() for _, y in segment)
+    places = axes.transData.transform([(4, row["delta_ppl"]) for row in rows[4:]])[:, 1]
+    assert min(b - a for a, b in itertools.pairwise(places)) > 30  # pixels: told apart
+
+
+@pytest.mark.parametrize(
+    "changes", [{"delta_ppl_se": None}, {"delta_ppl": 0.0, "delta_ppl_se": 0.0}, {"avg_bits": None}]
+)
+def test_a_sweep_without_errors_differences_or_bits_is_drawn(tmp_path, changes):
+    rows = [row | (changes if row["abits"] != 16 else {}) for row in rows_of()]
+    plots.save_figure(str(tmp_path / "a.png"), plots.draw_sweep(rows))
+    unpaired = [row | {"delta_ppl": None} for row in rows[1:]]
+    plots.save_figure(str(tmp_path / "b.png"), plots.draw_sweep(unpaired))
+
+
+def test_a_title_names_the_model_and_what_keys_and_values_go_through(model):
+    flags = {"model": "some/where/Llama-3$8B/", "abits": ((16, 16),), "first_few_fp16": 1}
+    assert heading_of(model, **flags) == r"Llama-3\$8B"
+    lines = heading_of(model, **flags | {"abits": ((16, 2), (4, 4)), "skip_layers": (0,)}).splitlines()
+    keys = "keys: uniform per channel, first 1 token exact"
+    assert lines[1:] == [keys, "values: uniform per token, first 1 token exact", "unquantized layers: 0"]
+    both = {"perchannel": (), "pertoken": ("k_proj", "v_proj"), "kv_format": "nf"}
+    assert heading_of(model, model="m", **both).splitlines() == ["m", "keys and values: NormalFloat per token"]
+
+
+def heading_of(shape, abits=((4, 4),), **flags):
+    """The title of a run with these flags."""
+    from simquant.methods import Width
+
+    return plots.heading(Flags(abits=tuple(Width(*each) for each in abits), **flags), find_sites(shape))
+
+
+def test_the_heat_map_has_the_activations_and_marks_the_outliers(model, windows):
+    keys, values = [site for site in find_sites(model) if site.layer == 2]
+    sparse = ScalarQuantizer(axis="channel", bits=2, outliers=0.01, sinks=1)
+    figure = plots.draw_activations(model, windows[0], {keys: sparse, values: ScalarQuantizer("token")}, 2)
+    before, after = (torch.from_numpy(axes.images[0].get_array().data) for axes in figure.axes[:2])  # [C,T]
+    with torch.inference_mode():
+        hidden = model(windows[:1], output_hidden_states=True).hidden_states[2]
+        layer = model.model.layers[2]
+        known = layer.self_attn.k_proj(layer.input_layernorm(hidden))[0]  # [T,C]
+    torch.testing.assert_close(before, known[:256].abs().T, rtol=1e-4, atol=1e-5)
+    body = known[1:]
+    kept = (body <= body.quantile(0.005, 0)) | (body >= body.quantile(0.995, 0))
+    kept = {(token + 1, channel) for token, channel in kept[:255].nonzero().tolist()}
+    marks = {tuple(map(int, place)) for place in figure.axes[1].collections[0].get_offsets()}
+    assert len(kept) > 100 and len(marks ^ kept) <= 0.02 * len(kept) and len(figure.axes[3].collections) == 0
+    assert all(after[channel, token] == before[channel, token] for token, channel in marks)
+
+
+@pytest.mark.parametrize("name", ["a$_^b$.txt", "_a.txt", "数据.txt", os.fsdecode(b"a\xff.txt")])
+def test_any_file_name_is_a_label(tmp_path, name):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        figure = plots.draw_sweep(
+            [row | {"dataset": f"/some/where/{name}"} for row in rows_of(ratio=2)], plots.drawable(name)
+        )
+        plots.save_figure(str(tmp_path / "a.svg"), figure)
+    assert ET.parse(tmp_path / "a.svg").getroot().tag.endswith("svg")
+    assert len(figure.legends[0].texts) == 1
