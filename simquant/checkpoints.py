@@ -36,7 +36,7 @@ LOADERS = {
 def words_of(error: BaseException) -> str:
     """Return a library's own words, after the name of the error where they alone would say too little."""
     words = " ".join(str(error).split())
-    is_plain = isinstance(error, (OSError, ValueError, RuntimeError, ImportError, AssertionError)) and words
+    is_plain = isinstance(error, (OSError, EOFError, ValueError, RuntimeError, ImportError, AssertionError)) and words
     return words if is_plain else f"{type(error).__name__} {words}".removeprefix("Exception ").strip()
 
 

@@ -112,7 +112,7 @@ def test_every_key_of_the_product_before_is_there(sweep):
     whole = sweep[1]
     assert {*whole} == {"script", "model", "settings", "sha256", "environment", "complete", "results"}
     assert all({*row} == {*KEYS.split(), "layer"} for row in whole["results"])
-    assert {*whole["environment"]} == {"versions", "device", "device_name", "dtype"}
+    assert {*whole["environment"]} == {"versions", "device", "device_name", "dtype", "adapter"}
     assert {*whole["sha256"]} == {str(SAMPLE), "model weights"}
     resolved = {"dtype": "float32", "device": "cpu", "attn_implementation": "sdpa", "compile": "off"}
     assert whole["settings"].items() >= resolved.items()
