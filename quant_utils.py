@@ -428,7 +428,7 @@ class ScalarQuantizer(Quantizer):
         if self.q_norm:
             parts.append("Q-Norm")
         if self.sinks:
-            parts.append(f"first {self.sinks} {'tokens' if self.sinks > 1 else 'token'} exact")
+            parts.append(f"first {self.sinks} tokens exact" if self.sinks > 1 else "first token exact")
         return ", ".join(parts)
 
 

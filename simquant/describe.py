@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from quant_utils import Setting
+from quant_utils import Setting, Site
 from simquant import memory, models, report, tables, texts
-from simquant.sites import PlacedSite
+from simquant.sites import PlacedSite, layers_without_attention
 
 
 def print_results(model, config, flags, settings: Mapping[Any, Setting], run: report.Run) -> None:
@@ -16,6 +16,7 @@ def print_results(model, config, flags, settings: Mapping[Any, Setting], run: re
     against = "Δ: from the unquantized model, on the same tokens; KL in nats; " if run.is_paired else ""
     print(f"\n±: standard error; {against}GiB: of a cache of {run.context} tokens")
     print_settings(model, config, flags, settings)
+    print_hybrid(model, run.sites)
     if flags.quantizes() and not run.is_paired:
         print("\n--baseline also measures the unquantized model, and shows what quantization costs")
 
@@ -38,6 +39,12 @@ def print_quantizers(settings: Mapping[Any, Setting]) -> None:
             print(f"{part}: {', '.join(map(str, dict.fromkeys(q.bits for q in mine)))}-bit {mine[0]}")
 
 
+def print_hybrid(model, found: Sequence[Site]) -> None:
+    """Print how many layers of a hybrid have no attention, and so no keys and values."""
+    if found and (count := layers_without_attention(model, found)) > 0:
+        print(f"{count} layers have no attention: their states stay as they are")
+
+
 def print_plan(flags, shape, found: Sequence[PlacedSite], settings: Mapping[Any, Setting], windows: Mapping) -> None:
     """Print what --dry_run shows: the sites, the settings, the windows, the sizes of weights and cache."""
     quantized = {site for setting in settings.values() for site in setting}
@@ -48,8 +55,10 @@ def print_plan(flags, shape, found: Sequence[PlacedSite], settings: Mapping[Any,
     print(f"\n{flags.model}: {type(shape).__name__}, {models.dtype_of(shape)} on {device}{line}")
     print(f"settings: {len(settings)}, of {', '.join(dict.fromkeys(str(row.abits) for row in settings))} bits")
     print_quantizers(settings)
+    print_hybrid(shape, found)
+    start = ", each begins with BOS" if texts.bos_of(flags, shape.config) == "window" else ""
     for name, each in windows.items():
-        print(f"{name}: {len(each)} windows of {flags.seqlen} tokens")
+        print(f"{name}: {len(each)} windows of {flags.seqlen} tokens{start}")
     cache = 2 * sum(site.channels * site.tokens for site in found)
     sizes = [models.weight_bytes(shape), memory.free_memory(device), cache]
     weights, free, held = (f"{size / 2**30:.2f} GiB" for size in sizes)

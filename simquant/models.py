@@ -141,7 +141,7 @@ def check_weights(name: str, found: Mapping[str, Any]) -> None:
 
 def versions() -> dict[str, str]:
     """Return those of Python and the libraries that the figures depend on."""
-    packages = ("torch", "transformers", "datasets", "accelerate", "numpy")
+    packages = ("torch", "transformers", "tokenizers", "accelerate", "numpy")
     return {"python": sys.version.split()[0]} | {name: importlib.metadata.version(name) for name in packages}
 
 

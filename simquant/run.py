@@ -30,9 +30,9 @@ ROUND = 64  # windows that each process measures before all exchange what they h
 
 def begin(flags: Flags, given: Mapping[str, Any]) -> None:
     """Silence what libraries say by themselves: stderr carries our bars, unless quiet, and our notices alone."""
-    os.environ |= {"TRANSFORMERS_VERBOSITY": "error", "DATASETS_VERBOSITY": "critical", "HF_HUB_VERBOSITY": "error"}
+    os.environ |= {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_VERBOSITY": "error"}
     if flags.quiet or processes.index() > 0 or not sys.stderr.isatty():
-        os.environ |= dict.fromkeys(("HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS"), "1")
+        os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
     for name in ("torch", "bitsandbytes"):
         logging.getLogger(name).setLevel(logging.ERROR)
     import quant_utils as qu

@@ -12,8 +12,6 @@ from simquant.text_files import PIECE
 
 WHOLE = 2**20  # characters of a text that is tokenized in one go
 OVERLAP = 2**13  # characters that two neighbouring pieces of a longer one share
-
-
 AGREED = 8  # different tokens at least in what they agree on: a run of one token agrees with itself anywhere
 UNCUT = 2**21  # characters that are taken in one go at most where they do not agree
 
@@ -88,7 +86,9 @@ def tokenized_in_pieces(tokenizer, text: Text) -> Iterator[Tensor]:
         else:
             piece, size = piece + more, 2 * size
             if len(piece) > UNCUT:
-                raise UserError(f"a text runs on for {len(piece)} characters, and the tokenizer splits it nowhere")
+                raise UserError(
+                    f"a text runs on for {len(piece)} characters, and the tokenizer splits it nowhere: break lines"
+                )
             tokens = located(tokenizer, piece)
     yield between(tokens, begun, len(piece) + 1)[:, 0]
 

@@ -17,15 +17,13 @@ from pathlib import Path
 
 os.environ |= {  # as a script sets them before it imports anything; the libraries look once
     "TRANSFORMERS_VERBOSITY": "error",
-    "DATASETS_VERBOSITY": "critical",
     "HF_HUB_VERBOSITY": "error",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-    "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
 }
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import accelerate  # noqa: F401
-import datasets  # noqa: F401
 import pandas  # noqa: F401
+import pyarrow.parquet  # noqa: F401
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM  # noqa: F401
 
 import quant_utils  # noqa: F401

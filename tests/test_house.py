@@ -15,7 +15,7 @@ ORDER = [  # from top to bottom: a file imports only what stands below it, anywh
     "quant_utils",
 ]  # fmt: skip
 TOP = {*(f"{name}.py" for name in SCRIPTS), "quant_utils.py", "requirements.txt", "README.md", "tests"}
-HEAVY = {"torch", "transformers", "datasets", "pandas", "numpy", "accelerate"}
+HEAVY = {"torch", "transformers", "pyarrow", "pandas", "numpy", "accelerate"}
 FILES = sorted([*ROOT.glob("*.py"), *(ROOT / "simquant").rglob("[!_]*.py")])
 
 

@@ -131,8 +131,8 @@ def test_a_title_names_the_model_and_what_keys_and_values_go_through(model):
     flags = {"model": "some/where/Llama-3$8B/", "abits": ((16, 16),), "first_few_fp16": 1}
     assert heading_of(model, **flags) == r"Llama-3\$8B"
     lines = heading_of(model, **flags | {"abits": ((16, 2), (4, 4)), "skip_layers": (0,)}).splitlines()
-    keys = "keys: uniform per channel, first 1 token exact"
-    assert lines[1:] == [keys, "values: uniform per token, first 1 token exact", "unquantized layers: 0"]
+    keys = "keys: uniform per channel, first token exact"
+    assert lines[1:] == [keys, "values: uniform per token, first token exact", "unquantized layers: 0"]
     both = {"perchannel": (), "pertoken": ("k_proj", "v_proj"), "kv_format": "nf"}
     assert heading_of(model, model="m", **both).splitlines() == ["m", "keys and values: NormalFloat per token"]
 

@@ -71,7 +71,7 @@ def test_an_evaluation_takes_its_settings_and_chooses_its_widths_from_the_file(c
         rows[flags] = {row["abits"]: row["ppl"] for row in report["results"]}
         wanted = {"nuq": True, "kv_format": "nuq", "fisher": True, "include_sparse": True, "first_few_fp16": 1}
         assert report["settings"].items() >= {**wanted, "norm": True}.items() and "quantizers" in report["sha256"]
-        assert re.search("keys: .*-bit NUQ per channel, outliers exact .*, first 1 token exact", process.stdout)
+        assert re.search("keys: .*-bit NUQ per channel, outliers exact .*, first token exact", process.stdout)
     all_widths, own, two, mixed = rows.values()
     assert list(all_widths) == [16, 4, 2] and all_widths[16] < all_widths[4] < all_widths[2]
     assert own == {bits: all_widths[bits] for bits in (4, 2)} and two == {2: all_widths[2]}
@@ -119,8 +119,8 @@ def test_dry_run_says_what_would_be_done_without_weights_and_writes_nothing(tmp_
     assert sites == [f"model.layers.{i}.self_attn.{p}: the output of {p}, 128 channels{rest}" for i, p, rest in about]
     assert rest[1:5] == [
         "settings: 2, of 16, 3 bits",
-        "keys: 3-bit uniform per channel, first 1 token exact",
-        "values: 3-bit uniform per token, first 1 token exact",
+        "keys: 3-bit uniform per channel, first token exact",
+        "values: 3-bit uniform per token, first token exact",
         f"{SAMPLE}: 12 windows of 64 tokens",
     ]
     size = (NANO / "model.safetensors").stat().st_size  # on disk in 16 bits; computed with in 32
