@@ -53,7 +53,7 @@ def table(rows: Sequence[Mapping[str, Any]], columns: Sequence[str] = USUAL) -> 
 
     names = short_names(list(dict.fromkeys(row["dataset"] for row in rows)))
     labels = {"text": [names[row["dataset"]] for row in rows], "abits": [str(row["abits"]) for row in rows]}
-    if len({row["quantized"] for row in rows if row["abits"] != 16}) > 1:
+    if any(row["quantized"] != "keys and values" for row in rows if row["abits"] != 16):
         labels["quantized"] = [row["quantized"] for row in rows]
     cells = {name: [cell(row, name, COLUMNS[name][1]) for row in rows] for name in columns}
     cells = {name: column for name, column in cells.items() if set(column) != {"-"}}

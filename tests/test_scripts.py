@@ -153,7 +153,7 @@ def test_models_that_are_none_are_one_line(tmp_path):
     save_file(weights, nan / "model.safetensors", metadata={"format": "pt"})
     for model, flags, words in (
         (tmp_path / "empty", (), ("empty", "no config.json")),
-        ("no such model", (), ("'no such model'", "neither a folder nor a hub id")),
+        ("no such model", (), ("there is no folder 'no such model'", "a hub id")),
         (cut, (), ("cannot load model", "cut")),
         (nano_copy(tmp_path / "small", vocab_size=100), (), ("token", "the model has 100", "tokenizer")),
         (nan, ("--abits", "16,2"), ("sample.txt, abits 16, nothing", "window 1 of 12", "loss nan", "broken")),
