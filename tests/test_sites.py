@@ -110,11 +110,14 @@ NEIGHBOURS = (
 )  # RoPE turns neighbouring channels, not channels half a head apart
 NO_ROPE = ("gpt2", "opt", "bloom", "mpt", "gpt_bigcode", "jamba", "nemotron_h")
 
+REWRITTEN = {"qwen3_next", "lfm2", "lfm2_moe", "granitemoehybrid", "bamba", "jamba", "falcon_h1", "gptj", "codegen"}
+IS_OLD = not hasattr(transformers.cache_utils, "LinearAttentionCacheLayerMixin")  # of hybrids' caches and RoPE
+
 
 def tiny(kind, changes):
     """A model of a family with random weights."""
-    if kind not in CONFIG_MAPPING:
-        pytest.skip(f"transformers {transformers.__version__} has no {kind}")
+    if kind not in CONFIG_MAPPING or (IS_OLD and kind in REWRITTEN):
+        pytest.skip(f"transformers {transformers.__version__} has no {kind} as it is now: use a newer one")
     torch.manual_seed(0)
     settings = {"vocab_size": 48, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64} if changes is None else {}
     settings = settings or {name: value for name, value in (TINY | changes).items() if value is not None}
@@ -293,9 +296,8 @@ def test_a_model_that_sees_images_is_measured_on_text(name):
 
 
 def test_a_site_is_where_its_layer_is_even_if_its_own_module_has_no_weights():
-    found = sites.find_sites(tiny(*FAMILIES["Gemma 3n"]).to("meta"))
-    assert not [*found[1].module.parameters(), *found[1].module.buffers()]
-    assert {site.device.type for site in found} == {"meta"}
+    found = sites.find_sites(tiny(*FAMILIES["Llama (GQA)"]).to("meta"))
+    assert {replace(site, module=torch.nn.Identity()).device.type for site in found} == {"meta"}
 
 
 @pytest.mark.parametrize("name", ["Llama (GQA)", "Gemma 3n", "Qwen3-Next"])
