@@ -126,7 +126,8 @@ class ReportFile:
         except UserError as error:
             raise UserError(f"--resume: {error}") from error
         same = {name: (self.record[name], there[name]) for name in ("script", "model")}
-        same |= {name: (settings[name], there["settings"].get(name, usual)) for name, usual in decisive.items()}
+        said = {**decisive, "bos": "text", **there["settings"]}  # before there was --bos, that was the protocol
+        same |= {name: (settings[name], said[name]) for name in decisive}
         ours, limit = self.record["sha256"], there["settings"].get("limit")
         if type(limit) is int and 0 < limit < settings["limit"]:
             del same["limit"]

@@ -338,9 +338,10 @@ def test_resume_refuses_another_run_and_damaged_figures(sweep, tmp_path):
 
 
 def test_a_report_of_the_product_before_goes_on(sweep, tmp_path):
-    """It knew neither --kv_format nor --skip_layers, and no row had a layer."""
+    """It knew neither --kv_format nor --skip_layers nor --bos, and no row had a layer."""
     before = json.loads(json.dumps(sweep[1]))
-    del before["settings"]["kv_format"], before["settings"]["skip_layers"]
+    for name in ("kv_format", "skip_layers", "bos", "text_column", "revision"):
+        del before["settings"][name]
     before["results"] = [{name: row[name] for name in KEYS.split()} for row in before["results"]]
     assert resumed(tmp_path / "out.json", sweep[1], before).count == {str(SAMPLE): 6}
 

@@ -188,6 +188,25 @@ def test_a_closed_stdout_costs_no_figure_and_out_of_memory_is_one_line(tmp_path,
     assert_one_line_error(run_script(driver(tmp_path, body), *FIT, "--quantizer_path", tmp_path / "q"), "out of memory")
 
 
+def test_libraries_that_warn_are_not_heard_nor_obeyed(tmp_path):
+    """A user's own PYTHONWARNINGS, and keys and values that are the same everywhere."""
+    weights = load_file((model := nano_copy(tmp_path / "constant")) / "model.safetensors")
+    for name in (name for name in weights if re.search("[kv]_proj", name)):
+        weights[name].zero_()
+    save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+    flags = (
+        "--abits",
+        "16,3",
+        "--include_sparse",
+        "--plot",
+        tmp_path / "a.png",
+        "--plot_activations",
+        tmp_path / "b.png",
+    )
+    process = run_script(DYNAMIC_SCRIPT, model, *TEXT, *flags, env={"PYTHONWARNINGS": "error"})
+    assert (process.returncode, process.stderr) == (0, "") and "+0.0000" in process.stdout
+
+
 TIMER = """
 import signal, threading
 sys.argv = [each.replace("NUMBER", os.environ["NUMBER"]) for each in sys.argv]
