@@ -89,13 +89,13 @@ def evaluate(flags: Flags, given: Mapping[str, Any], stored: Mapping[str, Any] |
     found, settings = settings_of(shape, flags, stored)  # so that mistakes show before weights load
     if flags.plot_activations:
         plots.drawn_layer(narrowest(settings), flags.plot_layer)
+    file.record = make_record(flags, shape, windows)
+    known = file.unfinished(windows, decisive(flags)) if flags.resume else {}
     if flags.dry_run:
         describe.print_plan(flags, shape, found, settings, windows)
         return
     if exported is not None and processes.index() == 0:
         kvquant_file.export(exported, narrowest(settings))
-    file.record = make_record(flags, shape, windows)
-    known = file.unfinished(windows, decisive(flags)) if flags.resume else {}
 
     model = models.load_model(flags, config)
     found, settings = settings_of(model, flags, stored)
