@@ -140,7 +140,7 @@ def check_fields(name: str, raw: Any, where: str = "") -> None:
     if not isinstance(raw, Mapping):
         raise UserError(f"config.json of model {name!r} is {str(raw)[:40]!r}, and no JSON object")
     for key, value in raw.items():
-        said = f"config.json of model {name!r}: {where}{key} is {str(value)[:40]!r}"
+        said = f"config.json of model {name!r}: {where}{key} is {repr(value)[:40]}"
         if key in ("text_config", "quantization_config") and not isinstance(value, (Mapping, type(None))):
             raise UserError(f"{said}, and no JSON object")
         is_dtype = key in ("dtype", "torch_dtype") and not isinstance(value, (Mapping, type(None)))

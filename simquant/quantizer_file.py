@@ -74,7 +74,7 @@ def load(path: str) -> dict[str, Any]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            data = read_ours(content) if zipfile.is_zipfile(io.BytesIO(content)) else kvquant_file.read(content)
+            data = read_ours(content) if content.startswith(b"PK") else kvquant_file.read(content)
         check_contents(data)
     except Exception as error:  # a damaged archive or pickle can raise anything
         is_told = isinstance(error, (UserError, kvquant_file.RefusedPickle))
@@ -121,6 +121,8 @@ def is_name(value: Any) -> bool:
 
 def read_archive(content: bytes) -> Any:
     """Return what torch.save put into an archive, its checksums verified. It never compresses, nor overlaps parts."""
+    if not zipfile.is_zipfile(io.BytesIO(content)):
+        raise UserError("its end is missing: it was cut off")
     with zipfile.ZipFile(io.BytesIO(content)) as archive:
         members = archive.infolist()
         is_packed = any(each.compress_type != zipfile.ZIP_STORED for each in members)

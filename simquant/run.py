@@ -74,16 +74,9 @@ def settings_of(model, flags: Flags, stored: Mapping[str, Any] | None) -> tuple[
 def evaluate(flags: Flags, given: Mapping[str, Any], stored: Mapping[str, Any] | None = None) -> None:
     """Measure, print, save and draw what the flags ask for; stored is a quantizer file's content, None for no file."""
     begin(flags, given)
-    from simquant import describe, files, kvquant_file, models, plots, report, report_file, text_names, texts
+    from simquant import describe, kvquant_file, models, plots, report, report_file, texts
 
-    exported, read = getattr(flags, "export_kvquant", None), text_names.files_read(*flags.datasets)
-    files.check_writable(
-        [flags.output, flags.plot, flags.plot_activations, exported],
-        [*read, *flags.datasets, getattr(flags, "quantizer_path", None), flags.model],
-    )
-    file = report_file.ReportFile(flags.output, flags.overwrite)
-    if not flags.resume:
-        file.check()
+    file, exported = output_file(flags), getattr(flags, "export_kvquant", None)
     config, tokenizer = models.load_config_and_tokenizer(flags.model, flags.revision)
     windows, shape = texts.load(flags, config, tokenizer), models.skeleton(flags, config)
     found, settings = settings_of(shape, flags, stored)  # so that mistakes show before weights load
@@ -110,6 +103,19 @@ def evaluate(flags: Flags, given: Mapping[str, Any], stored: Mapping[str, Any] |
         describe.print_results(model, config, flags, settings, run)
     for failure in filter(None, failures):
         raise failure
+
+
+def output_file(flags: Flags) -> ReportFile:
+    """Return the file that --output names. UserError if what the flags write cannot be, or would destroy something."""
+    from simquant import files, report_file, text_names
+
+    calibrated = [getattr(flags, name, None) for name in ("quantizer_path", "export_kvquant")]
+    read = [*text_names.files_read(*flags.datasets), *flags.datasets, calibrated[0], flags.model]
+    files.check_writable([flags.output, flags.plot, flags.plot_activations, calibrated[1]], read)
+    file = report_file.ReportFile(flags.output, flags.overwrite)
+    if not flags.resume:
+        file.check()
+    return file
 
 
 def failure_of(write: Callable[[], object]) -> OSError | None:

@@ -130,7 +130,10 @@ def windows_of_documents(name: str, split: str, tokenizer, reading: Reading, dra
     found = [whole(document, name) for document in documents(name, split, reading.column)]
     if lines := sum(document.count("\r\n") for document in found):
         say_crlf(name, lines)
-    windows = document_windows(partial(tokenize, tokenizer, bos=reading.bos), found, *draw)
+    try:
+        windows = document_windows(partial(tokenize, tokenizer, bos=reading.bos), found, *draw)
+    except UserError as error:
+        raise UserError(f"{name}: {error}") from error
     return begun_with_bos(windows, tokenizer, reading.bos)
 
 

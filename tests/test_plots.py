@@ -1,5 +1,6 @@
 """Pictures: what is drawn is what was measured, it is labelled, and labels can be read."""
 
+import copy
 import itertools
 import json
 import os
@@ -150,7 +151,8 @@ def test_the_heat_map_has_the_activations_and_marks_the_outliers(model, windows)
     figure = plots.draw_activations(model, windows[0], {keys: sparse, values: ScalarQuantizer("token")}, 2)
     before, after = (torch.from_numpy(axes.images[0].get_array().data) for axes in figure.axes[:2])  # [C,T]
     with torch.inference_mode():
-        hidden = model(windows[:1], output_hidden_states=True).hidden_states[2]
+        own = copy.deepcopy(model)  # transformers leaves its hooks on a model that once gave its hidden states
+        hidden = own(windows[:1], output_hidden_states=True).hidden_states[2]
         layer = model.model.layers[2]
         known = layer.self_attn.k_proj(layer.input_layernorm(hidden))[0]  # [T,C]
     torch.testing.assert_close(before, known[:256].abs().T, rtol=1e-4, atol=1e-5)

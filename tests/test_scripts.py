@@ -102,7 +102,7 @@ def test_files_that_attack_or_are_damaged_are_one_line(calibrated, tmp_path):
     torn = torch.load(calibrated[0], weights_only=True)
     del torn["settings"]
     torch.save(torn, tmp_path / "torn.pkl")
-    for name, said in {"bomb": "more than data", "cut": "damaged", "torn": "damaged", "none": "--calibrate"}.items():
+    for name, said in {"bomb": "more than data", "cut": "cut off", "torn": "damaged", "none": "--calibrate"}.items():
         process = run_script(CALIBRATED_SCRIPT, NANO, "--quantizer_path", tmp_path / f"{name}.pkl", *TEXT)
         assert_one_line_error(process, f"{name}.pkl", said)
     assert not (tmp_path / "executed").exists()
