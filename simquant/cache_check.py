@@ -35,9 +35,9 @@ def check_sites(model, sites: Sequence[Site]) -> None:
 
 @torch.inference_mode()
 def run_once(model, sites: Sequence[PlacedSite]) -> tuple[dict[Site, Tensor], set[Site], Sequence]:
-    """Return what sites give on a few tokens, [T,C]; which get other than their projection gives; the cache's layers.
+    """Return ({site: [T,C] that it gives}, sites with something between projection and norm, the cache's layers).
 
-    A number of tokens that divides no site's channels is no number of heads.
+    The tokens are few, and T divides no C, so that their axis cannot be taken for one of heads.
     """
     given, came, changed = dict[Site, Tensor](), dict[nn.Module, Tensor](), set[Site]()
 

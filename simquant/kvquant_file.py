@@ -135,7 +135,7 @@ class PickledArray:
 
 
 def array(content: bytes, dtype: PickledDtype, shape: tuple = (), *_) -> np.ndarray:
-    """Return content's numbers, a view. Their order is that of one dimension, which is all that is used."""
+    """Return content's numbers as a view. Rows or columns first is no matter: all that is used has one dimension."""
     return np.frombuffer(content, np.dtype(dtype.code)).reshape(shape)
 
 

@@ -82,7 +82,7 @@ def fused(module: str, runs: int = 1, keys: int = -2, values: int = -1) -> dict[
 
 
 # What a layer's modules do not tell, by the model_type of the config: which part of a fused projection keys and values
-# are. Elsewhere keys are the output of k_norm, or what it may be called, or else of k_proj. One more is one line here:
+# are. Everywhere else keys come from the norm behind k_proj, or from k_proj if there is none. One more is a line here:
 # check_against_cache and tests/test_sites.py see whether it is right.
 FAMILIES: dict[str, dict[str, Place]] = {
     "bloom": fused("query_key_value", HEADS),

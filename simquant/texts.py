@@ -46,14 +46,14 @@ AS_PUBLISHED = Reading()
 
 
 def text_ids(name: str, split: str, tokenizer, reading: Reading, most: int | None = None) -> Tensor:
-    """Return [N] ids in int32 of a text, its documents joined by blank lines; of the first `most` alone if given."""
+    """Return the first `most` ids [N] of a text, in int32, or all; its documents are joined by blank lines."""
     text, parts, count = Text(joined(documents(name, split, reading.column))), [], 0
     for part in tokenized(tokenizer, text, reading.bos):
         parts.append(part.to(torch.int32))
         if most is not None and (count := count + len(part)) >= most:
             break
     if text.is_blank and not text.read(1):
-        raise UserError(f"{name} is empty: give a text of some windows")
+        raise UserError(f"{name} is empty: give a text that fills a window")
     if text.crlf:
         say_crlf(name, text.crlf)
     ids = torch.cat(parts)
@@ -220,7 +220,7 @@ def check_bos(tokenizer, bos: str, windows: Tensor) -> None:
     if own is None:
         return
     if (windows[:, :2] == own).all(1).any():
-        notify(f"a text begins with BOS {token!r} twice: remove the one that stands in it, or give --bos text")
+        notify(f"a text begins with BOS {token!r} twice: remove the one that is written in it")
     elif bos == "text" and own != tokenizer.eos_token_id and own not in special_ids(tokenizer)[0]:
         notify(f"the tokenizer has a BOS {token!r} and begins no text with it: was the model? Then give --bos window")
 
