@@ -143,15 +143,18 @@ def normal_float_levels(bits: int) -> Tensor:
 LEVELS = {"uniform": uniform_levels, "nf": normal_float_levels, "nuq": uniform_levels}  # nuq: until it is fitted
 LEVEL_NAMES = {"uniform": "uniform", "nf": "NormalFloat", "nuq": "NUQ"}
 
-FASTER: dict[str, Callable] = {}  # {function: its like with the same result, sooner}: simquant/speed.py fills it
+FASTER: dict[str, list[tuple[Callable[..., bool], Callable]]] = {}  # {function: [(where it serves, a faster one)]}
 
 
 def replaceable(function: Callable) -> Callable:
-    """Let FASTER replace function, which stays the definition: tests compare the two bit for bit."""
+    """Let FASTER, which simquant/speed.py fills, replace function, the definition: tests compare them bit for bit."""
 
     @functools.wraps(function)
     def chosen(*args):
-        return FASTER.get(function.__name__, function)(*args)
+        for serves, faster in FASTER.get(function.__name__, ()):
+            if serves(*args):
+                return faster(*args)
+        return function(*args)
 
     return chosen
 
@@ -234,20 +237,25 @@ def lloyd(totals: Tensor, edges: Tensor, steps: int = 100) -> Tensor:
 
 
 @replaceable
+def order_statistics(x: Tensor, rank: int, axis: int) -> Sequence[tuple[Tensor, Tensor]]:
+    """Return what stands at rank and rank + 1 along axis, from the least of x and from the greatest, which is rank 0.
+
+    The axis is kept as 1. The tails are sorted for it, not x.
+    """
+    far = min(rank + 1, x.shape[axis] - 1)
+    tails = (x.topk(far + 1, dim=axis, largest=largest).values for largest in (False, True))
+    return [(tail.narrow(axis, rank, 1), tail.narrow(axis, far, 1)) for tail in tails]
+
+
 def tail_quantiles(x: Tensor, fraction: float, axis: int) -> tuple[Tensor, Tensor]:
     """Return (lower, upper): the fraction / 2 and 1 - fraction / 2 quantiles of x along axis, fp32, axis kept as 1.
 
-    As torch.quantile, with the rank in double precision: linear interpolation between two neighbouring order statistics
-    at either end, so the tails are sorted, not x.
+    As torch.quantile, with the rank in double precision: linear interpolation between two neighbours in order.
     """
-    rank = fraction / 2 * (x.shape[axis] - 1)
-    near = math.floor(rank)
-    far = min(near + 1, x.shape[axis] - 1)
-    ends = []
-    for largest in (False, True):
-        tail = x.topk(far + 1, dim=axis, largest=largest).values.float()
-        ends.append(torch.lerp(tail.narrow(axis, near, 1), tail.narrow(axis, far, 1), rank - near))
-    return ends[0], ends[1]
+    rank, weight = divmod(fraction / 2 * (x.shape[axis] - 1), 1)
+    ends = order_statistics(x, int(rank), axis)
+    lower, upper = (torch.lerp(near.float(), far.float(), weight) for near, far in ends)
+    return lower, upper
 
 
 @replaceable
@@ -257,19 +265,27 @@ def inlier_bounds(x: Tensor, fraction: float, axis: int) -> tuple[Tensor, Tensor
     What is at or beyond lower or upper is an outlier; the others range from lo to hi, (inf, -inf) if there are none.
     """
     lower, upper = tail_quantiles(x, fraction, axis)
+    return lower, upper, *range_between(x, lower, upper, axis)
+
+
+def range_between(x: Tensor, lower: Tensor, upper: Tensor, axis: int) -> tuple[Tensor, Tensor]:
+    """Return (lo, hi), fp32: the range of what lies between lower and upper in x along axis."""
     is_inlier = (x > lower) & (x < upper)
     lo = x.float().where(is_inlier, math.inf).amin(axis, keepdim=True)
     hi = x.float().where(is_inlier, -math.inf).amax(axis, keepdim=True)
-    return lower, upper, lo, hi
+    return lo, hi
 
 
-def snap(x: Tensor, lo: Tensor, hi: Tensor, levels: Tensor, decoded: Tensor) -> Tensor:
-    """Return x at the nearest of levels [L], stretched from [-1, 1] over [lo, hi], which broadcast to x.
+@replaceable
+def snap(x: Tensor, exact: Tensor, lo: Tensor, hi: Tensor, levels: Tensor, decoded: Tensor) -> Tensor:
+    """Return x [B,T,C] where exact; elsewhere the nearest of levels [L], stretched from [-1, 1] over [lo, hi].
 
-    lerp hits both ends exactly, and lo == hi gives lo whatever the level, so an empty range needs no special case.
+    exact, lo and hi broadcast to x; arithmetic is in fp32, the result in x's dtype. lerp hits both ends exactly, and
+    lo == hi gives lo whatever the level, so an empty range needs no special case.
     """
-    unit = (x - lo) / (hi - lo) * 2 - 1
-    return torch.lerp(lo, hi, (decode_nearest(unit, levels, decoded) + 1) / 2)
+    unit = (x.float() - lo) / (hi - lo) * 2 - 1
+    snapped = torch.lerp(lo, hi, (decode_nearest(unit, levels, decoded) + 1) / 2)
+    return torch.where(exact, x, snapped.to(x.dtype))
 
 
 def most_extreme(keep: Tensor, distance: Tensor, fraction: float) -> Tensor:
@@ -345,14 +361,15 @@ class ScalarQuantizer(Quantizer):
         return self.fisher is not None
 
     def keep_and_range(self, x: Tensor, sinks: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-        """Return (keep, lo, hi) for x [B,T,C]: which entries stay exact (bool [B,T,C]), the fp32 range of the others.
+        """Return (keep, lo, hi) for x [B,T,C]: which entries stay exact (bool), and the fp32 range of the others.
 
         A range of this window is that of its inliers, outliers being at or beyond the quantiles. Outside a calibrated
-        range lie the outliers or, if none are kept, what is clipped. No range or quantile sees the first sinks.
+        range lie the outliers or, if none are kept, what is clipped. No range or quantile sees the first sinks. Each
+        of the three broadcasts to x.
         """
         axis, y = AXES[self.axis], x.float()
         body = x[:, sinks:] if self.axis == "channel" else x  # a token's range is its own
-        keep = torch.zeros_like(x, dtype=torch.bool)
+        keep = torch.zeros(1, dtype=torch.bool, device=x.device)
         if self.lo is not None and self.hi is not None:
             lo, hi = self.lo, self.hi
             keep = (y < lo) | (y > hi) if self.outliers is not None else keep
@@ -360,7 +377,7 @@ class ScalarQuantizer(Quantizer):
             lower, upper, lo, hi = inlier_bounds(body, self.outliers, axis)
             keep = (y <= lower) | (y >= upper)
         else:
-            lo, hi = body.float().amin(axis, keepdim=True), body.float().amax(axis, keepdim=True)
+            lo, hi = body.amin(axis, keepdim=True).float(), body.amax(axis, keepdim=True).float()
         if self.cap is not None:
             keep = most_extreme(keep, ((y - lo) / (hi - lo) - 0.5).abs(), self.cap)
         if self.integer_zero:
@@ -375,8 +392,7 @@ class ScalarQuantizer(Quantizer):
             return Quantized(x)
         keep, lo, hi = self.keep_and_range(x, self.sinks)
         is_sink = torch.arange(x.shape[1], device=x.device)[:, None] < self.sinks  # [T,1]
-        snapped = snap(x.float(), lo, hi, self.codebook, self.decoded).to(x.dtype)
-        values = stored(torch.where(keep | is_sink, x, snapped))
+        values = stored(snap(x, keep | is_sink, lo, hi, self.codebook, self.decoded))
         return Quantized(values, None if self.outliers is None else keep & ~is_sink)
 
     def cost(self, tokens: int, channels: int) -> float:

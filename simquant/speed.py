@@ -1,9 +1,7 @@
-"""Speed on a GPU: compiled decoder layers, and definitions that give what the core's own give, bit for bit, sooner."""
+"""What changes speed alone: faster definitions in place of the core's own, and compiled decoder layers."""
 
 from __future__ import annotations
 
-import inspect
-import math
 import os
 import re
 from collections.abc import Iterator
@@ -11,115 +9,26 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 import quant_utils as qu
 from quant_utils import UserError
+from simquant import faster_cpu, faster_gpu
 from simquant.notices import notify
 from simquant.sites import attention_layers
 
-Tails = tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]
-
-
-def is_counted(x: Tensor) -> bool:
-    """Return whether order statistics of x are found by counting: 16-bit numbers on a GPU."""
-    return x.device.type != "cpu" and x.dtype in (torch.bfloat16, torch.float16)
-
-
-def tail_quantiles(x: Tensor, fraction: float, axis: int, absent: int = 0) -> tuple[Tensor, Tensor]:
-    """See quant_utils. If x is padded along axis, so many entries are `absent`: they are nan, and take no part."""
-    if not is_counted(x):
-        return PLAIN["tail_quantiles"](x, fraction, axis)
-    rank = fraction / 2 * (x.shape[axis] - absent - 1)
-    near = math.floor(rank)
-    ends = counted_tails(x, near, axis, absent)
-    lower, upper = (torch.lerp(one.float(), other.float(), rank - near) for one, other in ends)
-    return lower, upper
-
-
-def inlier_bounds(x: Tensor, fraction: float, axis: int, absent: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """See quant_utils, and tail_quantiles for absent."""
-    if not is_counted(x):
-        return PLAIN["inlier_bounds"](x, fraction, axis)
-    if axis == qu.AXES["channel"]:  # a GPU counts fastest along contiguous memory, in aligned rows
-        pad = -x.shape[1] % 16
-        rows = qu.stored(F.pad(x.mT, (0, pad), value=math.nan).contiguous())
-        lower, upper, lo, hi = (qu.stored(each).mT for each in inlier_bounds(rows, fraction, qu.AXES["token"], pad))
-        return lower, upper, lo, hi
-    lower, upper = tail_quantiles(x, fraction, axis, absent)
-    is_inlier = (x > lower) & (x < upper)
-    lo = x.float().where(is_inlier, math.inf).amin(axis, keepdim=True)
-    hi = x.float().where(is_inlier, -math.inf).amax(axis, keepdim=True)
-    return lower, upper, lo, hi
-
-
-def decode_nearest(unit: Tensor, levels: Tensor, decoded: Tensor) -> Tensor:
-    """See quant_utils. Step by step in a compiled kernel, which has no search that waits for memory."""
-    if not torch.compiler.is_compiling() or len(levels) > 16:
-        return PLAIN["decode_nearest"](unit, levels, decoded)
-    chosen = decoded[0]
-    for border, level in zip(qu.borders(levels).unbind(), decoded[1:].unbind(), strict=True):
-        chosen = torch.where(unit > border, level, chosen)
-    return chosen
-
-
-PLAIN: dict[str, Any] = {
-    f.__name__: inspect.unwrap(f) for f in (qu.tail_quantiles, qu.inlier_bounds, qu.decode_nearest)
-}
-qu.FASTER.update(tail_quantiles=tail_quantiles, inlier_bounds=inlier_bounds, decode_nearest=decode_nearest)
-
-
-def counted_tails(x: Tensor, rank: int, axis: int, absent: int = 0) -> Tails:
-    """Return what stands at rank and rank + 1 along axis of 16-bit x: ((ascending), (descending)), 0 the extreme.
-
-    Nothing is sorted, and the compiler makes a single kernel of it. In the order of its bits a number is found bit by
-    bit, from how many are as large as each trial. Both ends are searched at once, in the halves of an integer, and but
-    for the last bit by one subtraction: a half that holds 15 bits of a number and a guard bit above them keeps the
-    guard if what is subtracted is no larger.
-    """
-    total, key = x.shape[axis], ordered_key(x)
-    key = key.masked_fill(x.isnan(), 2**16 - 1) if absent else key  # a compiler may give a nan either sign
-    half, whole = (16, torch.int32) if total < 2**16 else (32, torch.int64)
-    one, mask = 1 + 2**half, 2**half - 1  # in each half a 1; the lower half
-    guards = one * 2**15 - (2**32 if half == 16 else 0)  # the upper one is the sign of an int32
-    guarded = (key >> 1).to(whole) * one + guards
-
-    def halves(both: Tensor) -> tuple[Tensor, Tensor]:
-        return both & mask, both >> half & mask
-
-    def less(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
-        both = (key < low).to(whole) + ((key < high).to(whole) << half)
-        return halves(both.sum(axis, keepdim=True, dtype=whole))
-
-    found = torch.zeros_like(guarded.narrow(axis, 0, 1))
-    for bit in reversed(range(15)):
-        as_large = (guarded - (found + (one << bit))) >> 15 & one
-        at_low, at_high = halves(as_large.sum(axis, keepdim=True, dtype=whole))
-        is_low, is_high = at_low >= total - rank, at_high > rank + absent
-        found = found + (is_low.to(whole) << bit) + (is_high.to(whole) << bit + half)
-    low, high = (2 * each.int() for each in halves(found))
-    less_low, less_high = less(low + 1, high + 1)  # the last bit
-    low = torch.where(less_low <= rank, low + 1, low)
-    high = torch.where(less_high <= total - absent - 1 - rank, high + 1, high)
-    less_low, less_high = less(low + 1, high)  # the next rank holds the same number again, or its neighbour
-    above = key.masked_fill(key <= low, 2**16 - 1).amin(axis, keepdim=True)
-    below = key.masked_fill(key >= high, 0).amax(axis, keepdim=True)
-    next_low = torch.where(less_low < min(rank + 2, total - absent), above, low)
-    next_high = torch.where(less_high > max(total - absent - rank - 2, 0), below, high)
-    low, next_low, high, next_high = (from_ordered_key(each, x.dtype) for each in (low, next_low, high, next_high))
-    return (low, next_low), (high, next_high)
-
-
-def ordered_key(x: Tensor) -> Tensor:
-    """Return int32 in 0..2**16-1, in the order of 16-bit floating-point x: negative ones have their bits flipped."""
-    bits = x.view(torch.int16).int()
-    return torch.where(bits < 0, ~bits, bits + 2**15)
-
-
-def from_ordered_key(key: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return the number in dtype that ordered_key made key of."""
-    return torch.where(key < 2**15, ~key, key - 2**15).short().view(dtype)
+qu.FASTER.update(
+    order_statistics=[
+        (faster_gpu.is_counted, faster_gpu.counted_tails),
+        (faster_cpu.is_to_turn, faster_cpu.turned_order_statistics),
+    ],
+    inlier_bounds=[
+        (faster_gpu.is_counted, faster_gpu.inlier_bounds),
+        (faster_cpu.is_on_cpu, faster_cpu.inlier_bounds),
+    ],
+    decode_nearest=[(faster_gpu.is_compiled, faster_gpu.decode_nearest)],
+    snap=[(faster_cpu.has_finder, faster_cpu.snap)],
+)
 
 
 class CompilationError(UserError):

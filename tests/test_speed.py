@@ -1,17 +1,10 @@
 """What makes a GPU faster changes speed alone: figures are the same bits, and every hook runs."""
 
-import itertools
 import json
-import math
-from contextlib import contextmanager
 
-import numpy as np
 import pytest
 import torch
 from conftest import DYNAMIC_SCRIPT, NANO, SAMPLE, assert_one_line_error, driver, measured, run_script
-from default_quantizers import VARIANTS, activations, fitted
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import quant_utils as qu
@@ -19,117 +12,7 @@ from simquant import speed
 from simquant.notices import Notice
 from simquant.sites import find_sites
 
-HALVES = st.sampled_from([torch.bfloat16, torch.float16])
 SHORT = ("--datasets", SAMPLE, "--seqlen", "64")
-
-
-@st.composite
-def halves(draw, size=70):
-    """[2,T,C] of 16-bit numbers from tiny to huge, with ties, and zeros of both signs."""
-    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
-    x = torch.randn(2, draw(st.integers(1, size)), draw(st.integers(1, 5)), generator=generator)
-    x = x * 10.0 ** torch.randint(-5, 5, (1,), generator=generator)
-    x = x.masked_fill(torch.rand(x.shape, generator=generator) < 0.3, 0.0).to(draw(HALVES))
-    return x * torch.randint(0, 2, x.shape, generator=generator).mul(2).sub(1).to(x.dtype)
-
-
-def assert_sorted(tails, x, rank, axis):
-    """Assert that tails are what stands at rank and rank + 1 from either end of numpy's sorted x."""
-    in_order = np.sort(x.double().numpy(), axis=axis)
-    far = min(rank + 1, x.shape[axis] - 1)
-    for ours, place in zip((*tails[0], *tails[1]), (rank, far, -1 - rank, -1 - far), strict=True):
-        assert ours.dtype == x.dtype
-        assert np.array_equal(ours.double().numpy(), np.take(in_order, [place], axis=axis))
-
-
-@given(halves(), st.sampled_from([0.0, 0.01, 0.1, 0.5, 0.99]))
-def test_counting_finds_the_order_statistics_that_numpy_sorts_out(x, fraction):
-    for axis in (-2, -1):
-        rank = math.floor(fraction / 2 * (x.shape[axis] - 1))
-        assert_sorted(speed.counted_tails(x, rank, axis), x, rank, axis)
-
-
-@given(halves(40), st.integers(0, 20), st.sampled_from([0, 1, 3, 1.0]))
-def test_absent_entries_have_no_part_in_order_statistics(x, absent, rank):
-    padded = torch.nn.functional.pad(x.mT, (0, absent), value=math.nan)
-    rank = min(int(rank * (x.shape[1] - 1)) if isinstance(rank, float) else rank, x.shape[1] - 1)
-    assert_sorted(speed.counted_tails(padded, rank, -1, absent), x.mT, rank, -1)
-    signed = torch.where(padded.isnan(), -padded, padded)  # nan with its sign bit set
-    assert_sorted(speed.counted_tails(signed, rank, -1, absent), x.mT, rank, -1)
-
-
-@pytest.mark.parametrize("size", [2**15 - 1, 2**15, 2**16 - 1, 2**16, 2**16 + 1])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_counting_holds_for_long_texts_and_any_bits(size, dtype):
-    x = torch.randint(-(2**15), 2**15, (size, 2)).short().view(dtype)
-    x = x.masked_fill(x.isnan(), 1)
-    for rank in (0, size // 200, size // 2 - 1):
-        assert_sorted(speed.counted_tails(x, rank, 0), x, rank, 0)
-
-
-def test_the_compiled_counting_finds_the_same():
-    x = torch.randn(2, 41, 32).to(torch.bfloat16)[:, 1:]
-    both = torch.compile(lambda x: [speed.counted_tails(x, 2, axis) for axis in (-2, -1)], fullgraph=True)(x)
-    for axis, tails in zip((-2, -1), both, strict=True):
-        assert_sorted(tails, x, 2, axis)
-
-
-@contextmanager
-def as_on_a_gpu():
-    """Let order statistics be counted, and levels be found step by step, on a CPU and without a compiler too."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(speed, "is_counted", lambda x: x.dtype != torch.float32)
-        patch.setattr(torch.compiler, "is_compiling", lambda: True)
-        yield
-
-
-def assert_plain_and_faster_agree(name, *args):
-    """Assert that the definition in FASTER gives the bits of the core's own."""
-    with as_on_a_gpu():
-        faster = getattr(qu, name)(*args)
-    plain = getattr(qu, name).__wrapped__(*args)
-    assert qu.FASTER[name] is getattr(speed, name)
-    for one, other in zip(*((each,) if torch.is_tensor(each) else each for each in (faster, plain)), strict=True):
-        assert one.dtype == other.dtype and torch.equal(one, other)
-
-
-@settings(max_examples=60)
-@given(halves(), st.sampled_from([0.0, 0.01, 0.1, 0.5, 0.99, 1.0]))
-def test_counted_quantiles_and_bounds_are_the_sorted_ones(x, fraction):
-    for axis in qu.AXES.values():
-        assert_plain_and_faster_agree("tail_quantiles", x, fraction, axis)
-        assert_plain_and_faster_agree("inlier_bounds", x, fraction, axis)
-
-
-@settings(max_examples=60)
-@given(st.integers(2, 6), st.integers(0, 2**31))
-def test_levels_found_step_by_step_are_those_of_a_search(bits, seed):
-    generator = torch.Generator().manual_seed(seed)
-    levels = (torch.rand(2**bits, generator=generator) * 2 - 1).sort().values
-    ties = torch.cat([levels, qu.borders(levels), torch.tensor([math.nan, -2.0, 2.0])])
-    assert_plain_and_faster_agree("decode_nearest", ties[~ties.isnan()], levels, levels * 1.1 + 0.01)
-
-
-def test_every_quantizer_gives_the_same_bits_whatever_is_faster(monkeypatch):
-    devices = itertools.product(("cpu", "meta"), (torch.bfloat16, torch.float16, torch.float32))  # meta is no CPU
-    assert [speed.is_counted(torch.empty(1, device=d, dtype=t)) for d, t in devices] == [False] * 3 + [
-        True,
-        True,
-        False,
-    ]
-    x = activations(2, seed=7).to(torch.bfloat16)
-    with monkeypatch.context() as patch:
-        patch.setattr(qu, "FASTER", {})
-        plain = {case: quantizer.quantize(x, {}) for case, quantizer in VARIANTS.items() if not quantizer.sources}
-    monkeypatch.setattr(speed, "is_counted", lambda x: x.dtype != torch.float32)
-    for case, expected in plain.items():
-        given = VARIANTS[case].quantize(x, {})
-        assert torch.equal(given.values, expected.values), case
-        assert given.outliers is None or torch.equal(given.outliers, expected.outliers), case
-    scalar = qu.ScalarQuantizer("channel", outliers=0.1)
-    counted = fitted(scalar, x)
-    monkeypatch.setattr(qu, "FASTER", {})
-    assert torch.equal(counted.lo, fitted(scalar, x).lo) and torch.equal(counted.hi, fitted(scalar, x).hi)
 
 
 @pytest.fixture
