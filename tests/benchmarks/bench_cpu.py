@@ -1,29 +1,177 @@
 #!/usr/bin/env python3
-"""What takes how long on this CPU, each figure as a ratio; nothing is asserted.
+"""What takes how long on this CPU, each figure beside its peer; nothing is asserted.
 
-    python3 tests/benchmarks/bench_cpu.py
+    python3 tests/benchmarks/bench_cpu.py                             everything, in some five minutes on two cores
+    python3 tests/benchmarks/bench_cpu.py --only quantizers,windows   some parts
+    python3 tests/benchmarks/bench_cpu.py --old FOLDER                and beside another version of this project
 
-1. The k-means fit of NUQ beside scikit-learn's KMeans (n_init 10), on the same activations of the bundled model and on
-   a million points: seconds, and the weighted squared error that each reaches.
-2. The evaluation loop with quantization, against the same loop without.
-3. A sweep of four widths compared with the unquantized model, against four loops of one setting each.
+quantizers   each way to quantize keys or values, beside the arithmetic of the published functions
+windows      whole windows of the bundled model, beside a plain loop over model(ids) with that arithmetic in hooks
+sweep        four widths in one loop, beside four loops of one width each
+kmeans       the fit of NUQ levels, beside scikit-learn's KMeans
+
+The machine's speed drifts, so ours and its peers take turns, each in a process of its own, and a ratio is the median of
+the turns' ratios. CPU time is that of all threads; below 1 ours is faster.
 """
 
+import argparse
+import json
+import math
 import statistics
+import subprocess
 import sys
 import time
+from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-sys.path.insert(0, str(ROOT))
+IS_CONTENDER = sys.argv[1:2] == ["--contender"]  # of Contender: --contender FOLDER NAME THREADS
+sys.path.insert(0, sys.argv[2] if IS_CONTENDER else str(ROOT))
+import peers  # noqa: E402
+
 import quant_utils as qu  # noqa: E402
 from simquant import models, sites, texts  # noqa: E402
 from simquant.flags import Flags  # noqa: E402
 from simquant.methods import Plan, Width  # noqa: E402
 
 NANO, SAMPLE = str(ROOT / "tests/assets/llama3-nano"), str(ROOT / "tests/assets/sample.txt")
+TOKENS, BITS, CHANNELS = 2048, (2, 3, 4, 8), (1024, 256, 128)
+AXES = {"keys": "channel", "values": "token"}
+SPARSE = {"outliers": 1 - 0.99}
+WAYS = {  # {what a row is called: (what a ScalarQuantizer is told, whether it is calibrated)}
+    "uniform": ({}, False),
+    "uniform, first token exact": ({"sinks": 1}, False),
+    "uniform, 1 % outliers": (SPARSE, False),
+    "NormalFloat": ({"levels": "nf"}, False),
+    "NUQ, 1 % outliers, calibrated": ({"levels": "nuq", **SPARSE}, True),
+    "NUQ, 1 %, calibrated, first token": ({"levels": "nuq", "sinks": 1, **SPARSE}, True),
+}
+WINDOW_WAYS = ("uniform", "uniform, 1 % outliers", "NormalFloat", "NUQ, 1 % outliers, calibrated")
+
+
+# -- What takes turns: a function here for each, which a contender's process calls
+
+
+@cache
+def activations(part, channels, seed=0):
+    """Return [1,TOKENS,channels] that look like keys, of which some channels are large, or like values."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(1, TOKENS, channels, generator=generator)
+    place = torch.randn(2, channels, generator=torch.Generator().manual_seed(1))
+    return x * place[0].exp() + 2 * place[1] if part == "keys" else x
+
+
+@cache
+def codebook(part, bits):
+    """Return NUQ levels [2**bits] for keys or values."""
+    quantizer = qu.ScalarQuantizer(AXES[part], bits, **WAYS["NUQ, 1 % outliers, calibrated"][0])
+    return quantizer.fit(activations(part, 128, seed=2), None, {}).codebook
+
+
+@cache
+def quantizer_of(part, channels, way, bits):
+    options, is_calibrated = WAYS[way]
+    quantizer = qu.ScalarQuantizer(AXES[part], bits, **options)
+    if not is_calibrated:
+        return quantizer
+    fitted = replace(quantizer, levels="uniform").fit(activations(part, channels, seed=2), None, {})
+    return replace(fitted, levels=quantizer.levels, codebook=codebook(part, bits))
+
+
+def quantize(is_peer, part, channels, way, bits):
+    x, quantizer = activations(part, channels), quantizer_of(part, channels, way, bits)
+    peers.published(x[0], quantizer) if is_peer else quantizer.quantize(x)
+
+
+def apart(is_peer, part, channels, way, bits):
+    """Return by how many level steps ours and the peer's differ in their distance from what they quantize, at most.
+
+    At a tie they may take different levels, of the same distance: everywhere else the distances tell levels apart.
+    """
+    x, quantizer = activations(part, channels)[0], quantizer_of(part, channels, way, bits)
+    _, lo, hi = peers.exact_and_range(x[quantizer.sinks :], quantizer)
+    ours, theirs = ((each - x).abs() for each in (quantizer.quantize(x[None]).values[0], peers.published(x, quantizer)))
+    steps = ((ours - theirs).abs()[quantizer.sinks :] / ((hi - lo) / (2**bits - 1))).max().item()
+    return steps if torch.equal(ours[: quantizer.sinks], theirs[: quantizer.sinks]) else math.inf
+
+
+@cache
+def bundled():
+    """Return (the bundled model, its tokenizer)."""
+    config, tokenizer = models.load_config_and_tokenizer(NANO)
+    return models.load_model(Flags(NANO, device="cpu"), config), tokenizer
+
+
+def plain_setting(model, bits, **options):
+    plan = Plan(options.pop("levels", "uniform"), [Width(bits, bits)], AXES, {n: (n, v) for n, v in options.items()})
+    (setting,) = plan.settings(sites.find_sites(model)).values()
+    return setting
+
+
+@cache
+def setting_of(way):
+    """Return {site: quantizer} at 4 bits; way None is the unquantized model."""
+    model, tokenizer = bundled()
+    options, is_calibrated = WAYS.get(way, ({}, False))
+    setting = plain_setting(model, 4 if way else 16, **options)
+    if not is_calibrated:
+        return setting
+    windows = texts.calibration_windows(SAMPLE, tokenizer, TOKENS, 2, 0)
+    return qu.calibrate(model, windows, {way: setting})[way]
+
+
+@cache
+def evaluated_windows(seqlen):
+    return texts.evaluation_windows(SAMPLE, bundled()[1], seqlen, seqlen // 2)
+
+
+def loop(model, windows, *settings):
+    return torch.cat(list(qu.evaluate(model, sites.find_sites(model), windows, settings)))
+
+
+def window(is_peer, way):
+    """Return the mean loss of a window of TOKENS."""
+    model, windows = bundled()[0], evaluated_windows(TOKENS)[:1]
+    if is_peer:
+        return peers.plain_loop(model, windows, peers.as_published(setting_of(way)))
+    return loop(model, windows, setting_of(way))[..., 0].mean().item()
+
+
+TURNS = {each.__name__: each for each in (quantize, apart, window)}
+
+
+def answer_requests(name):
+    """Call what each line of standard input asks for, and answer with (CPU seconds, wall seconds, its result)."""
+    answers, sys.stdout = sys.stdout, sys.stderr
+    for line in sys.stdin:
+        function, *args = json.loads(line)
+        cpu, wall = time.process_time(), time.perf_counter()
+        result = TURNS[function](name == "peer", *args)
+        taken = time.process_time() - cpu, time.perf_counter() - wall
+        print(json.dumps([*taken, result]), file=answers, flush=True)
+
+
+class Contender:
+    """A process in which ours, another version of it, or the peer waits for its turn."""
+
+    def __init__(self, name, folder, threads):
+        command = [sys.executable, __file__, "--contender", str(folder), name, str(threads)]
+        self.name = name
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def turn(self, *request):
+        """Return (CPU seconds, wall seconds, result)."""
+        print(json.dumps(request), file=self.process.stdin, flush=True)
+        line = self.process.stdout.readline()
+        if not line:
+            raise SystemExit(f"{self.name} ended in {request}: its error is above")
+        return tuple(json.loads(line))
+
+
+# -- Tables
 
 
 def seconds(function, *args, repeats=1):
@@ -34,6 +182,120 @@ def seconds(function, *args, repeats=1):
         result = function(*args)
         times.append(time.perf_counter() - start)
     return statistics.median(times), result
+
+
+def rounds(contenders, requests, budget, most=9):
+    """Return [{(contender's name, request): (CPU seconds, wall seconds, result)}], a dict for each round.
+
+    There are as many as begin within budget seconds. Each contender has answered each request once before.
+    """
+    calls, done = [(each, request) for request in requests for each in contenders], []
+    for each, request in calls:
+        each.turn(*request)
+    start = time.perf_counter()
+    while not done or (len(done) < most and time.perf_counter() - start < budget):
+        done.append({(each.name, request): each.turn(*request) for each, request in calls})
+    return done
+
+
+def median(done, call, figure):
+    return statistics.median(each[call][figure] for each in done)
+
+
+def ratio(done, call, other, figure=0):
+    """Return the median ratio of two calls in CPU time (figure 0) or wall time (figure 1)."""
+    return statistics.median(each[call][figure] / each[other][figure] for each in done)
+
+
+def columns(*cells):
+    """Print a row: the first cell is what it is about."""
+    what, *figures = cells
+    print(f"{what:52s}" + "".join(f"{each:>{width}s}" for each, width in figures), flush=True)
+
+
+def quantizers_table(contenders):
+    olds = [each.name for each in contenders if each.name == "old"]
+    print(f"\nQuantizers alone, [1, {TOKENS}, C] in float32: milliseconds and the wall's ratio are those of 4 bits")
+    head = [
+        ("ours ms", 10),
+        ("peer ms", 10),
+        ("wall ratio", 12),
+        ("CPU ratio 2 bits", 18),
+        ("3", 7),
+        ("4", 7),
+        ("8", 7),
+    ]
+    old_head = [(f"ours/old {BITS[0]} bits", 17), *((str(each), 7) for each in BITS[1:])] if olds else []
+    columns("what", *head, *old_head, ("apart", 9))
+    rows = [(part, channels, way) for channels in CHANNELS for part in AXES for way in WAYS]
+    worst = 0.0
+    for part, channels, way in rows:
+        cells, against_peer, against_old, steps = [], [], [], 0.0
+        for bits in BITS:
+            request = ("quantize", part, channels, way, bits)
+            done = rounds(contenders, [request], budget=0.5)
+            ours, peer = ("ours", request), ("peer", request)
+            against_peer.append(ratio(done, ours, peer))
+            against_old += [ratio(done, ours, (old, request)) for old in olds]
+            steps = max(steps, contenders[0].turn("apart", *request[1:])[2])
+            if bits == 4:
+                cells = [(f"{1000 * median(done, each, 1):.1f}", 10) for each in (ours, peer)]
+                cells += [(f"{ratio(done, ours, peer, 1):.2f}", 12)]
+        for figures, first in ((against_peer, 18), (against_old, 17)):
+            cells += [(f"{each:.2f}", first if n == 0 else 7) for n, each in enumerate(figures)]
+        columns(f"{part} C={channels}, {way}", *cells, (f"{steps:.4f}", 9))
+        worst = max(worst, steps)
+    print(
+        "peer: the published arithmetic, keys per channel, values per token. uniform: minimum, maximum, round; outliers:"
+    )
+    print(
+        "two quantiles by sorting; NormalFloat and NUQ: distances to all levels. Ratios: ours over the peer's (old's)."
+    )
+    print("apart: the most by which the errors of ours and of the peer differ, in level steps; rounding gives 0.0003.")
+    print(f"the same function in all rows: {'yes' if worst < 0.01 else 'NO'} (at most {worst:.4f} steps apart)")
+
+
+def windows_table(contenders):
+    olds = [each.name for each in contenders if each.name == "old"]
+    requests = [("window", way) for way in (None, *WINDOW_WAYS)]
+    done = rounds(contenders, requests, budget=75)
+    print(f"\nWhole windows of {TOKENS} tokens of llama3-nano, 4 bits; ratios of CPU time, of wall time in brackets")
+    head = [("ours ms", 10), ("peer ms", 10), ("ours/peer", 16), ("ours/unquant.", 16), ("peer/unquant.", 16)]
+    columns("what", *head, *[("ours/old", 16)] * len(olds), ("loss apart", 12))
+
+    def both(call, other):
+        return f"{ratio(done, call, other):.2f} ({ratio(done, call, other, 1):.2f})", 16
+
+    for request in requests:
+        ours, peer = ("ours", request), ("peer", request)
+        cells = [(f"{1000 * median(done, each, 1):.0f}", 10) for each in (ours, peer)]
+        cells += [both(ours, peer), both(ours, ("ours", requests[0])), both(peer, ("peer", requests[0]))]
+        cells += [both(ours, (old, request)) for old in olds]
+        difference = abs(done[0][ours][2] / done[0][peer][2] - 1)
+        columns(request[1] or "unquantized", *cells, (f"{difference:.0e}", 12))
+    print(
+        "peer: a plain loop over model(ids) with whole logits and cross entropy, and the published arithmetic in hooks."
+    )
+    print(f"unquant.: the unquantized row of the same column. {len(done)} rounds.")
+
+
+def sweep_table():
+    model, windows = bundled()[0], evaluated_windows(1024)
+    sweep = [{}, *(plain_setting(model, bits) for bits in (4, 3, 2))]
+    loop(model, windows, *sweep)
+    figures = []
+    for _ in range(7):
+        alone = sum(seconds(loop, model, windows, setting)[0] for setting in sweep)
+        figures.append((seconds(loop, model, windows, *sweep)[0], alone))
+    ratios = [ours / peer for ours, peer in figures]
+    print(
+        f"\nA sweep of 16, 4, 3 and 2 bits with KL divergence and agreement, {len(windows)} windows of 1024; wall time"
+    )
+    columns("what", ("ours s", 10), ("peer s", 10), ("ratio", 10), ("from", 8), ("to", 8))
+    ours, peer = (statistics.median(each) for each in zip(*figures, strict=True))
+    cells = [(f"{each:.2f}", width) for each, width in ((ours, 10), (peer, 10), (statistics.median(ratios), 10))]
+    columns("one loop for all", *cells, (f"{min(ratios):.2f}", 8), (f"{max(ratios):.2f}", 8))
+    print("peer: four loops of one width each, which compare nothing.")
 
 
 def squared_error(unit, weights, levels):
@@ -48,62 +310,66 @@ def compare_kmeans(label, unit, weights, bits):
     theirs, fitted = seconds(lambda: reference.fit(unit[:, None].numpy(), sample_weight=weights.numpy()))
     ours, levels = seconds(lambda: qu.kmeans_levels(qu.running_totals(unit, weights), bits), repeats=5)
     their_levels = torch.from_numpy(fitted.cluster_centers_).flatten().float().sort().values
-    ratio = squared_error(unit, weights, levels) / squared_error(unit, weights, their_levels)
-    print(f"{label:42s} {theirs:9.2f} s {ours:9.3f} s {theirs / ours:8.0f} x   error ratio {ratio:.6f}", flush=True)
+    error = squared_error(unit, weights, levels) / squared_error(unit, weights, their_levels)
+    cells = (f"{ours:.3f}", 10), (f"{theirs:.2f}", 10), (f"{ours / theirs:.4f}", 10), (f"{error:.6f}", 14)
+    columns(label, *cells)
 
 
-def kmeans_table(model, tokenizer):
-    print(f"{'k-means':42s} {'sklearn':>11s} {'ours':>11s} {'faster':>10s}")
+def kmeans_table():
+    print("\nThe fit of 16 NUQ levels; wall time")
+    columns("what", ("ours s", 10), ("peer s", 10), ("ratio", 10), ("error ratio", 14))
+    model, tokenizer = bundled()
     windows = texts.calibration_windows(SAMPLE, tokenizer, 1024, 8, 0)
     for site in sites.find_sites(model)[6:8]:  # the keys and the values of layer 3
         x = qu.record(model, [site], windows)[site]
-        axis = "channel" if site.part == "keys" else "token"
-        quantizer = qu.ScalarQuantizer(axis, 4, outliers=1 - 0.99).fit(x, None, {})
+        quantizer = qu.ScalarQuantizer(AXES[site.part], 4, **SPARSE).fit(x, None, {})
         keep, lo, hi = quantizer.keep_and_range(x)
         unit = ((x - lo) / (hi - lo) * 2 - 1)[~keep & (hi > lo)]
-        compare_kmeans(f"layer 3 {site.part}, {len(unit):,} points, 16 levels", unit, torch.ones_like(unit), 4)
+        compare_kmeans(f"layer 3 {site.part}, {len(unit):,} points", unit, torch.ones_like(unit), 4)
     generator = torch.Generator().manual_seed(0)
     unit = (torch.randn(1_000_000, generator=generator) / 3).clamp(-1, 1)
-    compare_kmeans("1,000,000 points, weighted, 16 levels", unit, torch.rand(len(unit), generator=generator), 4)
+    compare_kmeans("1,000,000 points, weighted", unit, torch.rand(len(unit), generator=generator), 4)
+    print("peer: scikit-learn's KMeans, n_init 10. error ratio: of the weighted squared errors, ours over the peer's.")
 
 
-def loop(model, windows, *settings):
-    return list(qu.evaluate(model, sites.find_sites(model), windows, settings))
+# ATTRIBUTION: a function here, its line in PARTS below, and one in the docstring above
 
 
-def dynamic(model, bits, method="uniform", sparse=False):
-    options = {"--include_sparse": ("outliers", 1 - 0.99)} if sparse else {}
-    plan = Plan(method, [Width(bits, bits)], {"keys": "channel", "values": "token"}, options)
-    (setting,) = plan.settings(sites.find_sites(model)).values()
-    return setting
+PARTS = {"quantizers": quantizers_table, "windows": windows_table, "sweep": sweep_table, "kmeans": kmeans_table}
+BY_TURNS = ("quantizers", "windows")
 
 
-def overhead_table(model, windows):
-    base, _ = seconds(loop, model, windows, {}, repeats=5)
-    print(f"\n{'evaluation loop, windows of 1024':42s} {base:9.2f} s {'1.00':>8s}")
-    for method in ("uniform", "nf"):
-        for sparse in (False, True):
-            taken, _ = seconds(loop, model, windows, dynamic(model, 4, method, sparse), repeats=5)
-            label = f"4-bit {qu.LEVEL_NAMES[method]}{', 1 % outliers' * sparse}, dynamic"
-            print(f"{label:42s} {taken:9.2f} s {taken / base:8.2f}", flush=True)
+def parse():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default=",".join(PARTS), help="parts, comma-separated (default: %(default)s)")
+    parser.add_argument(
+        "--old", type=Path, help="a checkout of another version, which takes turns in the first two parts"
+    )
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of torch (default: %(default)s)")
+    args = parser.parse_args()
+    args.only = args.only.split(",")
+    if unknown := [each for each in args.only if each not in PARTS]:
+        parser.error(f"--only {unknown[0]}: the parts are {', '.join(PARTS)}")
+    if args.old and not (args.old / "quant_utils.py").is_file():
+        parser.error(f"--old {args.old} has no quant_utils.py: name the top folder of a checkout")
+    return args
 
 
-def sweep_table(model, windows):
-    sweep = [{}, *(dynamic(model, bits) for bits in (4, 3, 2))]
-    loop(model, windows, *sweep)
-    ratios = []
-    for _ in range(14):  # by turns, because the machine's speed drifts
-        alone = sum(seconds(loop, model, windows, setting)[0] for setting in sweep)
-        ratios.append(seconds(loop, model, windows, *sweep)[0] / alone)
-    print("\n16, 4, 3, 2 bits in one loop with KL divergence and agreement, against four loops:")
-    print(f"median {statistics.median(ratios):.2f}, from {min(ratios):.2f} to {max(ratios):.2f}")
+def main():
+    args = parse()
+    torch.set_num_threads(args.threads)
+    print(f"torch {torch.__version__}, {args.threads} threads; the peer of each table is told below it")
+    contenders = []
+    if any(part in BY_TURNS for part in args.only):
+        folders = {"ours": ROOT, "peer": ROOT} | ({"old": args.old.resolve()} if args.old else {})
+        contenders = [Contender(name, folder, args.threads) for name, folder in folders.items()]
+    for part in args.only:
+        PARTS[part](*[contenders] * (part in BY_TURNS))
 
 
 if __name__ == "__main__":
-    config, tokenizer = models.load_config_and_tokenizer(NANO)
-    model = models.load_model(Flags(NANO, device="cpu"), config)
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads")
-    windows = texts.evaluation_windows(SAMPLE, tokenizer, 1024, 512)
-    kmeans_table(model, tokenizer)
-    overhead_table(model, windows)
-    sweep_table(model, windows)
+    if IS_CONTENDER:
+        torch.set_num_threads(int(sys.argv[4]))
+        answer_requests(sys.argv[3])
+    else:
+        main()
