@@ -26,6 +26,7 @@ from functools import cache
 from pathlib import Path
 
 import torch
+import transformers
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 IS_CONTENDER = sys.argv[1:2] == ["--contender"]  # of Contender: --contender FOLDER NAME THREADS
@@ -101,6 +102,7 @@ def apart(is_peer, part, channels, way, bits):
 @cache
 def bundled():
     """Return (the bundled model, its tokenizer)."""
+    transformers.logging.disable_progress_bar()
     config, tokenizer = models.load_config_and_tokenizer(NANO)
     return models.load_model(Flags(NANO, device="cpu"), config), tokenizer
 
@@ -246,7 +248,7 @@ def quantizers_table(contenders):
         columns(f"{part} C={channels}, {way}", *cells, (f"{steps:.4f}", 9))
         worst = max(worst, steps)
     print(
-        "peer: the published arithmetic, keys per channel, values per token. uniform: minimum, maximum, round; outliers:"
+        "peer: the published arithmetic; keys per channel, values per token. Uniform: minimum, maximum, round; outliers:"
     )
     print(
         "two quantiles by sorting; NormalFloat and NUQ: distances to all levels. Ratios: ours over the peer's (old's)."
@@ -258,7 +260,7 @@ def quantizers_table(contenders):
 def windows_table(contenders):
     olds = [each.name for each in contenders if each.name == "old"]
     requests = [("window", way) for way in (None, *WINDOW_WAYS)]
-    done = rounds(contenders, requests, budget=75)
+    done = rounds(contenders, requests, budget=60)
     print(f"\nWhole windows of {TOKENS} tokens of llama3-nano, 4 bits; ratios of CPU time, of wall time in brackets")
     head = [("ours ms", 10), ("peer ms", 10), ("ours/peer", 16), ("ours/unquant.", 16), ("peer/unquant.", 16)]
     columns("what", *head, *[("ours/old", 16)] * len(olds), ("loss apart", 12))
@@ -276,7 +278,7 @@ def windows_table(contenders):
     print(
         "peer: a plain loop over model(ids) with whole logits and cross entropy, and the published arithmetic in hooks."
     )
-    print(f"unquant.: the unquantized row of the same column. {len(done)} rounds.")
+    print(f"unquant.: the same loop, unquantized. loss apart: relative, from rounding at ties. {len(done)} rounds.")
 
 
 def sweep_table():
