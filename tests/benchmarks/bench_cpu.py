@@ -215,44 +215,38 @@ def columns(*cells):
     print(f"{what:52s}" + "".join(f"{each:>{width}s}" for each, width in figures), flush=True)
 
 
-def quantizers_table(contenders):
+def quantizers_row(contenders, part, channels, way):
+    """Print the row of one way to quantize; return by how many level steps ours and the peer's are apart."""
     olds = [each.name for each in contenders if each.name == "old"]
-    print(f"\nQuantizers alone, [1, {TOKENS}, C] in float32: milliseconds and the wall's ratio are those of 4 bits")
-    head = [
-        ("ours ms", 10),
-        ("peer ms", 10),
-        ("wall ratio", 12),
-        ("CPU ratio 2 bits", 18),
-        ("3", 7),
-        ("4", 7),
-        ("8", 7),
-    ]
-    old_head = [(f"ours/old {BITS[0]} bits", 17), *((str(each), 7) for each in BITS[1:])] if olds else []
-    columns("what", *head, *old_head, ("apart", 9))
+    cells, against_peer, against_old, steps = [], [], [], 0.0
+    for bits in BITS:
+        request = ("quantize", part, channels, way, bits)
+        done = rounds(contenders, [request], budget=0.5)
+        ours, peer = ("ours", request), ("peer", request)
+        against_peer.append((f"{ratio(done, ours, peer):.2f}", 7))
+        against_old += [(f"{ratio(done, ours, (old, request)):.2f}", 7) for old in olds]
+        steps = max(steps, contenders[0].turn("apart", *request[1:])[2])
+        if bits == 4:
+            cells = [(f"{1000 * median(done, each, 1):.1f}", 10) for each in (ours, peer)]
+            cells += [(f"{ratio(done, ours, peer, 1):.2f}", 12)]
+    gap = ("", 5)
+    columns(
+        f"{part} C={channels}, {way}", *cells, gap, *against_peer, *[gap] * len(olds), *against_old, (f"{steps:.4f}", 9)
+    )
+    return steps
+
+
+def quantizers_table(contenders):
+    print(f"\nQuantizers alone, [1, {TOKENS}, C] in float32: milliseconds and wall time are those of 4 bits")
+    each_width = [("", 5), *((f"{bits} bits", 7) for bits in BITS)]
+    has_old = any(each.name == "old" for each in contenders)
+    groups = [("CPU time, ours/peer", 33), *[("CPU time, ours/old", 33)] * has_old]
+    columns("", ("", 10), ("", 10), ("wall time,", 12), *groups)
+    columns("what", ("ours ms", 10), ("peer ms", 10), ("ours/peer", 12), *each_width * len(groups), ("apart", 9))
     rows = [(part, channels, way) for channels in CHANNELS for part in AXES for way in WAYS]
-    worst = 0.0
-    for part, channels, way in rows:
-        cells, against_peer, against_old, steps = [], [], [], 0.0
-        for bits in BITS:
-            request = ("quantize", part, channels, way, bits)
-            done = rounds(contenders, [request], budget=0.5)
-            ours, peer = ("ours", request), ("peer", request)
-            against_peer.append(ratio(done, ours, peer))
-            against_old += [ratio(done, ours, (old, request)) for old in olds]
-            steps = max(steps, contenders[0].turn("apart", *request[1:])[2])
-            if bits == 4:
-                cells = [(f"{1000 * median(done, each, 1):.1f}", 10) for each in (ours, peer)]
-                cells += [(f"{ratio(done, ours, peer, 1):.2f}", 12)]
-        for figures, first in ((against_peer, 18), (against_old, 17)):
-            cells += [(f"{each:.2f}", first if n == 0 else 7) for n, each in enumerate(figures)]
-        columns(f"{part} C={channels}, {way}", *cells, (f"{steps:.4f}", 9))
-        worst = max(worst, steps)
-    print(
-        "peer: the published arithmetic; keys per channel, values per token. Uniform: minimum, maximum, round; outliers:"
-    )
-    print(
-        "two quantiles by sorting; NormalFloat and NUQ: distances to all levels. Ratios: ours over the peer's (old's)."
-    )
+    worst = max(quantizers_row(contenders, *row) for row in rows)
+    print("peer: the published arithmetic; keys per channel, values per token. Uniform: minimum, maximum, round.")
+    print("Outliers: two quantiles by sorting. NormalFloat and NUQ: the distances to all levels.")
     print("apart: the most by which the errors of ours and of the peer differ, in level steps; rounding gives 0.0003.")
     print(f"the same function in all rows: {'yes' if worst < 0.01 else 'NO'} (at most {worst:.4f} steps apart)")
 
