@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """What takes how long on this CPU, each figure beside its peer; nothing is asserted.
 
-    python3 tests/benchmarks/bench_cpu.py                             everything, in some five minutes on two cores
+    python3 tests/benchmarks/bench_cpu.py                             everything, in some five minutes
     python3 tests/benchmarks/bench_cpu.py --only quantizers,windows   some parts
     python3 tests/benchmarks/bench_cpu.py --old FOLDER                and beside another version of this project
 
@@ -10,8 +10,9 @@ windows      whole windows of the bundled model, beside a plain loop over model(
 sweep        four widths in one loop, beside four loops of one width each
 kmeans       the fit of NUQ levels, beside scikit-learn's KMeans
 
-The machine's speed drifts, so ours and its peers take turns, each in a process of its own, and a ratio is the median of
-the turns' ratios. CPU time is that of all threads; below 1 ours is faster.
+The machine's speed drifts, so ours and its peers take turns, in the first two parts each in a process of its own, and a
+ratio is the median of the turns' ratios: below 1 ours is faster. CPU time is that of all threads, and counts how they
+wait for one another: a single thread, the default, gives the ratios that other work on the machine disturbs least.
 """
 
 import argparse
@@ -145,15 +146,19 @@ def window(is_peer, way):
 TURNS = {each.__name__: each for each in (quantize, apart, window)}
 
 
+def timed(function, *args):
+    """Return (CPU seconds, wall seconds, result) of function(*args)."""
+    cpu, wall = time.process_time(), time.perf_counter()
+    result = function(*args)
+    return time.process_time() - cpu, time.perf_counter() - wall, result
+
+
 def answer_requests(name):
-    """Call what each line of standard input asks for, and answer with (CPU seconds, wall seconds, its result)."""
+    """Call what each line of standard input asks for, and answer with what timed returns."""
     answers, sys.stdout = sys.stdout, sys.stderr
     for line in sys.stdin:
         function, *args = json.loads(line)
-        cpu, wall = time.process_time(), time.perf_counter()
-        result = TURNS[function](name == "peer", *args)
-        taken = time.process_time() - cpu, time.perf_counter() - wall
-        print(json.dumps([*taken, result]), file=answers, flush=True)
+        print(json.dumps(timed(TURNS[function], name == "peer", *args)), file=answers, flush=True)
 
 
 class Contender:
@@ -174,16 +179,6 @@ class Contender:
 
 
 # -- Tables
-
-
-def seconds(function, *args, repeats=1):
-    """(median seconds of function(*args), its result)."""
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        result = function(*args)
-        times.append(time.perf_counter() - start)
-    return statistics.median(times), result
 
 
 def rounds(contenders, requests, budget, most=9):
@@ -209,6 +204,11 @@ def ratio(done, call, other, figure=0):
     return statistics.median(each[call][figure] / each[other][figure] for each in done)
 
 
+def both_ratios(done, call, other):
+    """Return the cell of the ratio in CPU time, with that in wall time in brackets."""
+    return f"{ratio(done, call, other):.2f} ({ratio(done, call, other, 1):.2f})", 16
+
+
 def columns(*cells):
     """Print a row: the first cell is what it is about."""
     what, *figures = cells
@@ -221,7 +221,7 @@ def quantizers_row(contenders, part, channels, way):
     cells, against_peer, against_old, steps = [], [], [], 0.0
     for bits in BITS:
         request = ("quantize", part, channels, way, bits)
-        done = rounds(contenders, [request], budget=0.5)
+        done = rounds(contenders, [request], budget=0.4)
         ours, peer = ("ours", request), ("peer", request)
         against_peer.append((f"{ratio(done, ours, peer):.2f}", 7))
         against_old += [(f"{ratio(done, ours, (old, request)):.2f}", 7) for old in olds]
@@ -259,14 +259,16 @@ def windows_table(contenders):
     head = [("ours ms", 10), ("peer ms", 10), ("ours/peer", 16), ("ours/unquant.", 16), ("peer/unquant.", 16)]
     columns("what", *head, *[("ours/old", 16)] * len(olds), ("loss apart", 12))
 
-    def both(call, other):
-        return f"{ratio(done, call, other):.2f} ({ratio(done, call, other, 1):.2f})", 16
-
     for request in requests:
         ours, peer = ("ours", request), ("peer", request)
         cells = [(f"{1000 * median(done, each, 1):.0f}", 10) for each in (ours, peer)]
-        cells += [both(ours, peer), both(ours, ("ours", requests[0])), both(peer, ("peer", requests[0]))]
-        cells += [both(ours, (old, request)) for old in olds]
+        pairs = (
+            (ours, peer),
+            (ours, ("ours", requests[0])),
+            (peer, ("peer", requests[0])),
+            *((ours, (old, request)) for old in olds),
+        )
+        cells += [both_ratios(done, *pair) for pair in pairs]
         difference = abs(done[0][ours][2] / done[0][peer][2] - 1)
         columns(request[1] or "unquantized", *cells, (f"{difference:.0e}", 12))
     print(
@@ -279,19 +281,19 @@ def sweep_table():
     model, windows = bundled()[0], evaluated_windows(1024)
     sweep = [{}, *(plain_setting(model, bits) for bits in (4, 3, 2))]
     loop(model, windows, *sweep)
-    figures = []
+    done = []
     for _ in range(7):
-        alone = sum(seconds(loop, model, windows, setting)[0] for setting in sweep)
-        figures.append((seconds(loop, model, windows, *sweep)[0], alone))
-    ratios = [ours / peer for ours, peer in figures]
-    print(
-        f"\nA sweep of 16, 4, 3 and 2 bits with KL divergence and agreement, {len(windows)} windows of 1024; wall time"
-    )
-    columns("what", ("ours s", 10), ("peer s", 10), ("ratio", 10), ("from", 8), ("to", 8))
-    ours, peer = (statistics.median(each) for each in zip(*figures, strict=True))
-    cells = [(f"{each:.2f}", width) for each, width in ((ours, 10), (peer, 10), (statistics.median(ratios), 10))]
-    columns("one loop for all", *cells, (f"{min(ratios):.2f}", 8), (f"{max(ratios):.2f}", 8))
-    print("peer: four loops of one width each, which compare nothing.")
+        alone = [timed(loop, model, windows, setting)[:2] for setting in sweep]
+        done.append(
+            {"ours": timed(loop, model, windows, *sweep), "peer": [sum(each) for each in zip(*alone, strict=True)]}
+        )
+    print(f"\nA sweep of 16, 4, 3 and 2 bits with KL divergence and agreement, {len(windows)} windows of 1024")
+    columns("what", ("ours s", 10), ("peer s", 10), ("ours/peer", 16), ("CPU time from", 16), ("to", 8))
+    singles = [each["ours"][0] / each["peer"][0] for each in done]
+    cells = [(f"{median(done, each, 1):.2f}", 10) for each in ("ours", "peer")]
+    cells += [both_ratios(done, "ours", "peer"), (f"{min(singles):.2f}", 16), (f"{max(singles):.2f}", 8)]
+    columns("one loop for all", *cells)
+    print("peer: four loops of one width each, which compare nothing. Ratio of CPU time, of wall time in brackets.")
 
 
 def squared_error(unit, weights, levels):
@@ -301,19 +303,23 @@ def squared_error(unit, weights, levels):
 
 def compare_kmeans(label, unit, weights, bits):
     from sklearn.cluster import KMeans
+    from threadpoolctl import threadpool_limits
 
-    reference = KMeans(2**bits, n_init=10, random_state=0)
-    theirs, fitted = seconds(lambda: reference.fit(unit[:, None].numpy(), sample_weight=weights.numpy()))
-    ours, levels = seconds(lambda: qu.kmeans_levels(qu.running_totals(unit, weights), bits), repeats=5)
-    their_levels = torch.from_numpy(fitted.cluster_centers_).flatten().float().sort().values
-    error = squared_error(unit, weights, levels) / squared_error(unit, weights, their_levels)
-    cells = (f"{ours:.3f}", 10), (f"{theirs:.2f}", 10), (f"{ours / theirs:.4f}", 10), (f"{error:.6f}", 14)
-    columns(label, *cells)
+    with threadpool_limits(torch.get_num_threads()):
+        kmeans = KMeans(2**bits, n_init=10, random_state=0)
+        peer = timed(lambda: kmeans.fit(unit[:, None].numpy(), sample_weight=weights.numpy()).cluster_centers_)
+    turns = [timed(lambda: qu.kmeans_levels(qu.running_totals(unit, weights), bits)) for _ in range(5)]
+    done = [{"ours": ours, "peer": peer} for ours in turns]
+    their_levels = torch.from_numpy(peer[2]).flatten().float().sort().values
+    error = squared_error(unit, weights, turns[0][2]) / squared_error(unit, weights, their_levels)
+    cells = [(f"{median(done, each, 1):.3f}", 10) for each in ("ours", "peer")]
+    ratios = f"{ratio(done, 'ours', 'peer'):.4f} ({ratio(done, 'ours', 'peer', 1):.4f})"
+    columns(label, *cells, (ratios, 20), (f"{error:.6f}", 14))
 
 
 def kmeans_table():
-    print("\nThe fit of 16 NUQ levels; wall time")
-    columns("what", ("ours s", 10), ("peer s", 10), ("ratio", 10), ("error ratio", 14))
+    print("\nThe fit of 16 NUQ levels; ratios of CPU time, of wall time in brackets")
+    columns("what", ("ours s", 10), ("peer s", 10), ("ours/peer", 20), ("error ratio", 14))
     model, tokenizer = bundled()
     windows = texts.calibration_windows(SAMPLE, tokenizer, 1024, 8, 0)
     for site in sites.find_sites(model)[6:8]:  # the keys and the values of layer 3
@@ -341,7 +347,7 @@ def parse():
     parser.add_argument(
         "--old", type=Path, help="a checkout of another version, which takes turns in the first two parts"
     )
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of torch (default: %(default)s)")
+    parser.add_argument("--threads", type=int, default=1, help="of torch (default: %(default)s)")
     args = parser.parse_args()
     args.only = args.only.split(",")
     if unknown := [each for each in args.only if each not in PARTS]:
@@ -354,7 +360,7 @@ def parse():
 def main():
     args = parse()
     torch.set_num_threads(args.threads)
-    print(f"torch {torch.__version__}, {args.threads} threads; the peer of each table is told below it")
+    print(f"torch {torch.__version__}, threads: {args.threads}; the peer of each table is told below it")
     contenders = []
     if any(part in BY_TURNS for part in args.only):
         folders = {"ours": ROOT, "peer": ROOT} | ({"old": args.old.resolve()} if args.old else {})
