@@ -258,7 +258,6 @@ def windows_table(contenders):
     print(f"\nWhole windows of {TOKENS} tokens of llama3-nano, 4 bits; ratios of CPU time, of wall time in brackets")
     head = [("ours ms", 10), ("peer ms", 10), ("ours/peer", 16), ("ours/unquant.", 16), ("peer/unquant.", 16)]
     columns("what", *head, *[("ours/old", 16)] * len(olds), ("loss apart", 12))
-
     for request in requests:
         ours, peer = ("ours", request), ("peer", request)
         cells = [(f"{1000 * median(done, each, 1):.0f}", 10) for each in (ours, peer)]
@@ -271,9 +270,7 @@ def windows_table(contenders):
         cells += [both_ratios(done, *pair) for pair in pairs]
         difference = abs(done[0][ours][2] / done[0][peer][2] - 1)
         columns(request[1] or "unquantized", *cells, (f"{difference:.0e}", 12))
-    print(
-        "peer: a plain loop over model(ids) with whole logits and cross entropy, and the published arithmetic in hooks."
-    )
+    print("peer: a plain loop over model(ids) with whole logits and cross entropy; the published arithmetic in hooks.")
     print(f"unquant.: the same loop, unquantized. loss apart: relative, from rounding at ties. {len(done)} rounds.")
 
 
