@@ -221,7 +221,7 @@ def quantizers_row(contenders, part, channels, way):
     cells, against_peer, against_old, steps = [], [], [], 0.0
     for bits in BITS:
         request = ("quantize", part, channels, way, bits)
-        done = rounds(contenders, [request], budget=0.4)
+        done = rounds(contenders, [request], budget=0.3)
         ours, peer = ("ours", request), ("peer", request)
         against_peer.append((f"{ratio(done, ours, peer):.2f}", 7))
         against_old += [(f"{ratio(done, ours, (old, request)):.2f}", 7) for old in olds]
@@ -254,7 +254,7 @@ def quantizers_table(contenders):
 def windows_table(contenders):
     olds = [each.name for each in contenders if each.name == "old"]
     requests = [("window", way) for way in (None, *WINDOW_WAYS)]
-    done = rounds(contenders, requests, budget=60)
+    done = rounds(contenders, requests, budget=45)
     print(f"\nWhole windows of {TOKENS} tokens of llama3-nano, 4 bits; ratios of CPU time, of wall time in brackets")
     head = [("ours ms", 10), ("peer ms", 10), ("ours/peer", 16), ("ours/unquant.", 16), ("peer/unquant.", 16)]
     columns("what", *head, *[("ours/old", 16)] * len(olds), ("loss apart", 12))
@@ -279,7 +279,7 @@ def sweep_table():
     sweep = [{}, *(plain_setting(model, bits) for bits in (4, 3, 2))]
     loop(model, windows, *sweep)
     done = []
-    for _ in range(7):
+    for _ in range(5):
         alone = [timed(loop, model, windows, setting)[:2] for setting in sweep]
         done.append(
             {"ours": timed(loop, model, windows, *sweep), "peer": [sum(each) for each in zip(*alone, strict=True)]}
