@@ -1,5 +1,6 @@
 #!/usr/bin/env python3
-"""What an evaluation and a calibration cost on GPUs, on the shape of Llama-3-8B with random weights, beside our bounds.
+"""What an evaluation and a calibration cost on GPUs, on the shape of Llama-3-8B with random weights, beside our bounds
+and beside peers: a plain loop over model(ids), the published arithmetic in our hooks, and the time that memory takes.
 
     python3 tests/benchmarks/bench_gpu.py                                       what one GPU shows, but for:
     python3 tests/benchmarks/bench_gpu.py --job                                 a whole evaluation, in a new process
@@ -15,12 +16,14 @@ import time
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 import transformers
+from torch.profiler import ProfilerActivity, profile
 from transformers import LlamaConfig, LlamaForCausalLM
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(ROOT))
+import peers  # noqa: E402
+
 import quant_utils as qu  # noqa: E402
 from simquant import memory, processes, report, sites, speed  # noqa: E402
 from simquant.methods import Plan, Width  # noqa: E402
@@ -62,11 +65,36 @@ def milliseconds(function):
     return 1000 * statistics.median(times) / WINDOWS, results[-1]
 
 
-@torch.inference_mode()
-def plain_loop(model, windows):
-    for ids in windows.cuda()[:, None]:
-        logits = model(ids, use_cache=False).logits[0, :-1].float()
-        F.cross_entropy(logits, ids[0, 1:]).item()
+def copy_bandwidth(size=2**30, copies=10):
+    """Return bytes a second that a copy from and to the GPU's memory reads and writes."""
+    source = torch.zeros(size, dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+
+    def copy():
+        for _ in range(copies):
+            target.copy_(source)
+
+    copy()
+    return 2 * size * copies / statistics.median(seconds(copy)[0] for _ in range(REPEATS))
+
+
+def floor_ms(model, bandwidth):
+    """Return the milliseconds a window that reading all keys and values once and writing them once takes."""
+    entries = SEQLEN * sum(site.channels for site in sites.find_sites(model))
+    return 1000 * 2 * entries * model.dtype.itemsize / bandwidth
+
+
+def busy_ms(events):
+    """Return the milliseconds that kernels and copies took, of a profile's events."""
+    on_gpu = [each for each in events if each.device_type.name == "CUDA"]
+    return sum(each.time_range.elapsed_us() for each in on_gpu if not getattr(each, "is_user_annotation", False)) / 1000
+
+
+def kernel_ms(function):
+    """Return the milliseconds in which the GPU ran kernels and copies during function()."""
+    with profile(activities=[ProfilerActivity.CUDA]) as seen:
+        seconds(function)
+    return busy_ms(seen.events())
 
 
 def loop(model, windows, *settings):
@@ -109,6 +137,11 @@ def show(label, figure, unit, bound=None):
     print(f"{label:66s} {figure:8.3f} {unit:4s}{beside}", flush=True)
 
 
+def table(*cells):
+    """Print a row: the first cell is what it is about."""
+    print(f"{cells[0]:58s}" + "".join(f"{each:>14s}" for each in cells[1:]), flush=True)
+
+
 def whole_job(model):
     """Everything that follows the loading of model and quantizers, in a process that has compiled nothing yet."""
 
@@ -125,13 +158,14 @@ def whole_job(model):
 
 def uncompiled(model, windows, weights):
     """(milliseconds of the plain loop, calibrated settings): the loops as they stand, and calibration."""
-    plain_loop(model, windows)
+    peers.plain_loop(model, windows)
     peak_gib(weights)
-    plain, _ = milliseconds(lambda: plain_loop(model, windows))
+    plain, _ = milliseconds(lambda: peers.plain_loop(model, windows))
     show("plain loop over model(ids), whole logits: a window", plain, "ms")
     show("... memory above the weights", peak_gib(weights), "GiB")
     eager, _ = milliseconds(lambda: loop(model, windows, dynamic(model, 16)))
     show("our loop, unquantized, not compiled", eager, "ms")
+    show("... against the plain loop", eager / plain, "x")
     taken, static_nuq = calibrated(model, levels="nuq")
     show("calibration on 16 windows, NUQ and outliers", taken, "s", 15)
     show("... memory above the weights", peak_gib(weights), "GiB")
@@ -141,10 +175,26 @@ def uncompiled(model, windows, weights):
     return plain, calibrated(model, windows=4)[1], static_nuq
 
 
-def ratios(model, windows, weights, plain, static_uniform, static_nuq):
-    """What each way to quantize costs against the unquantized loop."""
+def published_table(model, windows):
+    """What our quantizers add to a window where nothing is compiled, beside the published arithmetic."""
+    print("\nMilliseconds added to a window of our loop, not compiled")
+    table("what", "ours", "peer", "ours/peer")
+    for label, options in (("dynamic, uniform", {}), ("dynamic, uniform, 1 % outliers", {"outliers": 1 - 0.99})):
+        row, setting = dynamic(model, 3, **options)
+        contenders = dynamic(model, 16), (row, setting), (row, peers.as_published(setting))
+        calls = [lambda each=each: loop(model, windows, each) for each in contenders]
+        for call in calls:
+            call()
+        turns = [[1000 * seconds(call)[0] / len(windows) for call in calls] for _ in range(3)]
+        ours, peer = (statistics.median(turn[n] - turn[0] for turn in turns) for n in (1, 2))
+        table(label, f"{ours:.2f}", f"{peer:.2f}", f"{ours / peer:.3f}")
+    print("peer: the published arithmetic (minimum, maximum, round; two quantiles by sorting) in the same hooks.\n")
+
+
+def compiled_rows(model, static_uniform, static_nuq):
+    """Return [(label, (row, setting), bound of the ratio to the unquantized loop)]."""
     sparse = {"outliers": 1 - 0.99}
-    rows = [
+    return [
         ("dynamic, uniform", dynamic(model, 3), 1.015),
         ("dynamic, NormalFloat", dynamic(model, 3, levels="nf"), 1.015),
         ("unquantized, which shows the noise", dynamic(model, 16), None),
@@ -153,7 +203,12 @@ def ratios(model, windows, weights, plain, static_uniform, static_nuq):
         ("dynamic, uniform, 1 % outliers", dynamic(model, 3, **sparse), 1.06),
         ("dynamic, uniform, 1 % outliers, first token exact", dynamic(model, 3, sinks=1, **sparse), 1.06),
     ]
-    unquantized = dynamic(model, 16)
+
+
+def ratios(model, windows, weights, bandwidth, known):
+    """What each way to quantize costs against the unquantized loop; known is what uncompiled returned."""
+    plain, *calibrated_settings = known
+    unquantized, rows = dynamic(model, 16), compiled_rows(model, *calibrated_settings)
     taken, _ = seconds(lambda: loop(model, windows, unquantized))
     ours, _ = milliseconds(lambda: loop(model, windows, unquantized))
     show("our loop, unquantized, compiled", ours, "ms")
@@ -167,9 +222,47 @@ def ratios(model, windows, weights, plain, static_uniform, static_nuq):
     for _ in range(REPEATS):
         base, *others = (seconds(lambda each=each: loop(model, windows, each))[0] for each in (unquantized, *settings))
         turns.append([taken / base for taken in others])
-    for (label, _, bound), taken in zip(rows, zip(*turns, strict=True), strict=True):
-        show(f"{label}: against ours unquantized", statistics.median(taken), "x", bound)
+    medians = [statistics.median(taken) for taken in zip(*turns, strict=True)]
+    for (label, _, bound), median in zip(rows, medians, strict=True):
+        show(f"{label}: against ours unquantized", median, "x", bound)
     show("... memory above the weights, the most of all rows", peak_gib(weights), "GiB", 2)
+    floor = floor_ms(model, bandwidth)
+    floors_table(rows, medians, ours, floor)
+    kernels_table(model, windows[:4], rows, [ours * median for median in medians], floor)
+
+
+def floors_table(rows, medians, base, floor):
+    """What each row adds to a window of base milliseconds, beside the time that its memory traffic takes."""
+    print("\nMilliseconds added to a window of our compiled loop, and the ratio to the unquantized one")
+    table("what", "ours", "peer", "ours/peer", "ratio", "peer's ratio")
+    for (label, _, bound), median in zip(rows, medians, strict=True):
+        added = (median - 1) * base
+        beside = (f"{floor:.3f}", f"{added / floor:.2f}") if bound else ("", "")
+        table(label, f"{added:.3f}", *beside, f"{median:.4f}", f"{1 + floor / base:.4f}" if bound else "")
+    print("peer: the floor, a copy of all keys and values, each read once and written once at the measured bandwidth.")
+
+
+def kernels_table(model, windows, rows, walls, floor):
+    """How long kernels run in a window of each row, whose wall time in milliseconds is known."""
+    layers, unquantized = model.config.num_hidden_layers, dynamic(model, 16)
+
+    def busy(each):
+        return kernel_ms(lambda: loop(model, windows, each)) / len(windows)
+
+    busy(unquantized)  # the profiler takes its time to start
+    base = busy(unquantized)
+    print("\nKernels that the profiler sees in our compiled loop")
+    if not base:
+        print("none: this process may not profile the GPU")
+        return
+    table("what", "busy ms", "no kernel %", "us a layer", "peer us", "ours/peer")
+    for (label, each, bound), wall in zip(rows, walls, strict=True):
+        taken = busy(each)
+        added = 1000 * (taken - base) / layers
+        beside = (f"{1000 * floor / layers:.2f}", f"{added * layers / floor / 1000:.2f}") if bound else ("", "")
+        table(label, f"{taken:.2f}", f"{100 * (1 - taken / wall):.2f}", f"{added:.2f}", *beside)
+    print("busy: all kernels of a window. no kernel: the share of its wall time, unprofiled, in which none runs.")
+    print("us a layer: what kernels take beyond those of an unquantized window. peer: the floor of the table above.\n")
 
 
 def sweep_and_long_window(model, windows, weights):
@@ -220,7 +313,10 @@ if __name__ == "__main__":
         whole_job(model)
     else:
         windows, weights = random_windows(WINDOWS), torch.cuda.memory_allocated()
+        bandwidth = copy_bandwidth()
+        show("bandwidth of a copy inside the GPU's memory, read plus write", bandwidth / 1e9, "GB/s")
         known = uncompiled(model, windows, weights)
+        published_table(model, windows[:4])
         with speed.compiled(model):
-            ratios(model, windows, weights, *known)
+            ratios(model, windows, weights, bandwidth, known)
             sweep_and_long_window(model, windows, weights)
