@@ -46,6 +46,9 @@ def begin(flags: Flags, given: Mapping[str, Any]) -> None:
     patience.start()
     processes.gather([None])  # before anything that takes long
     patience.cancel()
+    from simquant import speed
+
+    speed.install()
 
 
 def checked_sites(model, flags: Flags) -> list[PlacedSite]:

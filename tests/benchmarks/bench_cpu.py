@@ -35,7 +35,7 @@ sys.path.insert(0, sys.argv[2] if IS_CONTENDER else str(ROOT))
 import peers  # noqa: E402
 
 import quant_utils as qu  # noqa: E402
-from simquant import models, sites, texts  # noqa: E402
+from simquant import models, sites, speed, texts  # noqa: E402
 from simquant.flags import Flags  # noqa: E402
 from simquant.methods import Plan, Width  # noqa: E402
 
@@ -367,6 +367,7 @@ def main():
 
 
 if __name__ == "__main__":
+    getattr(speed, "install", lambda: None)()  # a version that lacks it did it on import
     if IS_CONTENDER:
         torch.set_num_threads(int(sys.argv[4]))
         answer_requests(sys.argv[3])

@@ -302,6 +302,7 @@ def scale(model):
 
 
 if __name__ == "__main__":
+    speed.install()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     model = random_model()

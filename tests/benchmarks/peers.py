@@ -1,7 +1,8 @@
 """What the benchmarks show beside this project, rebuilt from its description; every function is plain eager torch.
 
-The published arithmetic is that of KVQuant's simulated quantization (arXiv:2401.18079): dynamic ranges by minimum and
-maximum, outliers by two quantiles that sort, uniform levels by rounding, other levels by the least of all distances.
+The published arithmetic is that of KVQuant's simulated quantization (arXiv:2401.18079, SqueezeAILab/KVQuant): dynamic
+ranges by a maximum and a minimum that also give places, outliers by two quantiles that sort, a median in their place
+while the range is sought, uniform levels by rounding, other levels by the least of all distances.
 """
 
 import sys
@@ -21,7 +22,7 @@ def round_to_integer(x, lo, hi, bits):
     """Return x [T,C] at the nearest of 2**bits evenly spaced levels over [lo, hi]."""
     per_step = (2**bits - 1) / (hi - lo)
     zero = lo * per_step
-    return ((x * per_step - zero).round().clamp(0, 2**bits - 1) + zero) / per_step
+    return ((x * per_step - zero).round() + zero) / per_step
 
 
 def nearest_of_all(x, lo, hi, levels):
@@ -39,13 +40,12 @@ def exact_and_range(x, quantizer):
         lo, hi = quantizer.lo, quantizer.hi
         return (None if fraction is None else (x < lo) | (x > hi)), lo, hi
     if fraction is None:
-        return None, x.amin(axis, keepdim=True), x.amax(axis, keepdim=True)
+        return None, x.min(axis, keepdim=True).values, x.max(axis, keepdim=True).values
     lower = torch.quantile(x, fraction / 2, dim=axis, keepdim=True)
     upper = torch.quantile(x, 1 - fraction / 2, dim=axis, keepdim=True)
     exact = (x <= lower) | (x >= upper)
-    lo = x.masked_fill(exact, torch.inf).amin(axis, keepdim=True)
-    hi = x.masked_fill(exact, -torch.inf).amax(axis, keepdim=True)
-    return exact, lo, hi
+    inliers = torch.where(exact, x.median(axis, keepdim=True).values, x)
+    return exact, inliers.min(axis, keepdim=True).values, inliers.max(axis, keepdim=True).values
 
 
 def published(x, quantizer):
@@ -56,7 +56,7 @@ def published(x, quantizer):
         values = round_to_integer(body, lo, hi, quantizer.bits)
     else:
         values = nearest_of_all(body, lo, hi, quantizer.codebook)
-    values = values if exact is None else torch.where(exact, body, values)
+    values = (values if exact is None else torch.where(exact, body, values)).nan_to_num(0, 0, 0)
     return torch.cat([sinks, values]) if quantizer.sinks else values
 
 
