@@ -143,7 +143,7 @@ def normal_float_levels(bits: int) -> Tensor:
 LEVELS = {"uniform": uniform_levels, "nf": normal_float_levels, "nuq": uniform_levels}  # nuq: until it is fitted
 LEVEL_NAMES = {"uniform": "uniform", "nf": "NormalFloat", "nuq": "NUQ"}
 
-FASTER: dict[str, Callable] = {}  # {function: its like with the same result, sooner}: simquant/speed.py fills it
+FASTER: dict[str, Callable] = {}  # {function: its like with the same result, sooner}: speed.py and prefixes.py fill it
 
 
 def replaceable(function: Callable) -> Callable:
@@ -759,6 +759,12 @@ def average_bits(sites: Sequence[Site], setting: Setting, taps: Iterable[Tap], b
 # -- 7. The perplexity loop
 
 
+@replaceable
+def run_body(model, ids: Tensor, setting: Setting) -> Any:
+    """Return the body's output for ids [B,T]. What setting leaves unquantized may be known from another setting."""
+    return model.get_decoder()(input_ids=ids, use_cache=False)
+
+
 @torch.inference_mode()
 def start_batch(model, sites: Sequence[Site], ids: Tensor, settings: Sequence[Setting]) -> Callable[[], Tensor]:
     """Begin to measure windows ids [B,T]; call what is returned to wait for their figures [B,S,len(FIGURES)], fp64.
@@ -768,7 +774,7 @@ def start_batch(model, sites: Sequence[Site], ids: Tensor, settings: Sequence[Se
     ids, outputs, bits = ids.to(input_device(model)), [], []
     for setting in settings:
         with quantized(setting) as taps:
-            output = model.get_decoder()(input_ids=ids, use_cache=False)
+            output = run_body(model, ids, setting)
             bits.append(average_bits(sites, setting, taps.values(), torch.zeros_like(ids)))
         outputs.append(type(output)(last_hidden_state=output.last_hidden_state))  # whatever else it holds may go
     means = mean_statistics(model, ids, outputs, is_paired=len(settings) > 1 and not settings[0])

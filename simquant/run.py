@@ -74,7 +74,7 @@ def settings_of(model, flags: Flags, stored: Mapping[str, Any] | None) -> tuple[
 def evaluate(flags: Flags, given: Mapping[str, Any], stored: Mapping[str, Any] | None = None) -> None:
     """Measure, print, save and draw what the flags ask for; stored is a quantizer file's content, None for no file."""
     begin(flags, given)
-    from simquant import describe, kvquant_file, models, plots, report, report_file, texts
+    from simquant import describe, kvquant_file, models, plots, prefixes, report, report_file, texts
 
     file, exported = output_file(flags), getattr(flags, "export_kvquant", None)
     config, tokenizer = models.load_config_and_tokenizer(flags.model, flags.revision)
@@ -97,7 +97,8 @@ def evaluate(flags: Flags, given: Mapping[str, Any], stored: Mapping[str, Any] |
     if known:
         report_file.take_over(run, flags.output or "", known, file.record["environment"])
     on_signals(stop)
-    failures = [measure_compiled(model, run, settings, flags, file)]
+    with prefixes.stored(model, list(settings.values())):
+        failures = [measure_compiled(model, run, settings, flags, file)]
     if processes.index() == 0:
         failures.append(failure_of(lambda: plots.draw(flags, model, run, narrowest(settings))))
         describe.print_results(model, config, flags, settings, run)
