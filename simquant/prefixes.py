@@ -54,18 +54,6 @@ def layer_list(model) -> nn.ModuleList | None:
     return next((each for each in lists if attention <= set(each.modules())), None)
 
 
-def run_body(model, layers: nn.ModuleList, ids: Tensor, stand_ins: Mapping[int, StandIn]) -> Any:
-    """Return quant_utils.run_body of ids [B,T], with stand-ins for some of the layers, by their index."""
-    own = {index: layers[index] for index in stand_ins}
-    try:
-        for index, each in stand_ins.items():
-            layers[index] = each
-        return inspect.unwrap(qu.run_body)(model, ids, {})
-    finally:
-        for index, layer in own.items():
-            layers[index] = layer
-
-
 def tensors_in(output: Any) -> list[Tensor]:
     """Return the tensors of a layer's output."""
     return [each for each in (output if isinstance(output, tuple) else (output,)) if torch.is_tensor(each)]
@@ -87,7 +75,7 @@ class Prefixes:
     """What earlier rows of a batch gave before the layers at which later rows start.
 
     layers  the list in which the model's layers stand
-    first   {module: index of the first layer that holds it}
+    index   {module: index of the first layer that holds it}
     starts  each row's first layer that it quantizes; len(layers) of the unquantized model
     useful  those of starts, sorted, at which an earlier row is still unquantized
     bytes   {device: bytes that the outputs before all of useful take for each token}
@@ -97,10 +85,10 @@ class Prefixes:
     def __init__(self, model, settings: Sequence[Setting]):
         layers = layer_list(model)
         self.model, self.layers = model, nn.ModuleList() if layers is None else layers
-        indices = reversed(range(len(self.layers)))
-        self.first = {module: index for index in indices for module in self.layers[index].modules()}
+        backwards = reversed(range(len(self.layers)))
+        self.index = {module: index for index in backwards for module in self.layers[index].modules()}
         sites = {site for setting in settings for site in setting}
-        self.starts = [self.start(each) for each in settings] if all(s.module in self.first for s in sites) else []
+        self.starts = [self.start(each) for each in settings] if all(s.module in self.index for s in sites) else []
         reached = [max(self.starts[:row], default=0) for row in range(len(self.starts))]
         self.useful = sorted({start for start, most in zip(self.starts, reached, strict=True) if 0 < start <= most})
         self.bytes: dict[torch.device, float] = {}
@@ -108,7 +96,7 @@ class Prefixes:
 
     def start(self, setting: Setting) -> int:
         """Return the index of the first layer that a setting quantizes."""
-        return min((self.first[site.module] for site in setting), default=len(self.layers))
+        return min((self.index[site.module] for site in setting), default=len(self.layers))
 
     def forget(self) -> None:
         """Free what is stored."""
@@ -119,23 +107,34 @@ class Prefixes:
         """Return what stands in for all layers before start, the last of which gave output."""
         return {index: StandIn(self.layers[index], output) for index in range(start)}
 
+    def run_with(self, stand_ins: Mapping[int, StandIn], ids: Tensor) -> Any:
+        """Return the body's output for ids [B,T], with stand-ins for some of the layers, by their index."""
+        own = {index: self.layers[index] for index in stand_ins}
+        try:
+            for index, each in stand_ins.items():
+                self.layers[index] = each
+            return inspect.unwrap(qu.run_body)(self.model, ids, {})
+        finally:
+            for index, layer in own.items():
+                self.layers[index] = layer
+
     @torch.inference_mode()
     def keep_what_is_exact(self) -> None:
         """Strike those of useful from which the model does not give the same bits, on a few tokens.
 
-        These are starts before a layer that reads of one behind them something else than its output, such as shared
-        keys and values. A pass over other tokens comes in between, so that nothing is right which layers only remember.
+        Some layers read more of an earlier one than the output before them, such as its keys and values: no start may
+        lie between the two. Other tokens come in between, so that what a layer only remembers is wrong.
         """
         vocabulary = self.model.config.get_text_config(decoder=True).vocab_size
         ids = (torch.arange(5, 5 + TOKENS, device=qu.input_device(self.model)) % vocabulary)[None]
         stored = {index: StandIn(layer) for index, layer in enumerate(self.layers)}
-        expected, exact = run_body(self.model, self.layers, ids, stored).last_hidden_state, list[int]()
-        run_body(self.model, self.layers, ids.flip(1), {})
+        expected, exact = self.run_with(stored, ids).last_hidden_state, list[int]()
+        self.run_with({}, ids.flip(1))
         is_loop = any(each.calls != 1 for each in stored.values())  # the first layers read what the last ones gave
-        for start in [] if is_loop else reversed(self.useful):  # layers before the start remember the other tokens
+        for start in [] if is_loop else reversed(self.useful):  # layers before it remember the other tokens
             output = stored[start - 1].output
             with contextlib.suppress(Exception):  # whatever a model does without its first layers
-                given = run_body(self.model, self.layers, ids, self.passing_over(start, output)).last_hidden_state
+                given = self.run_with(self.passing_over(start, output), ids).last_hidden_state
                 exact += [start] if torch.equal(given, expected) else []
         self.useful = exact[::-1]
         for each in (each for start in exact for each in tensors_in(stored[start - 1].output)):
@@ -157,13 +156,21 @@ class Prefixes:
         storing = {each: StandIn(self.layers[each - 1]) for each in needed if begin < each <= start}
         stand_ins = self.passing_over(begin, self.outputs.get(begin)) | {at - 1: it for at, it in storing.items()}
         try:
-            output = run_body(model, self.layers, ids, stand_ins)
+            output = self.run_with(stand_ins, ids)
         except BaseException:
             self.forget()  # memory is short, maybe
             raise
         came = self.outputs | {at: each.output for at, each in storing.items()}
         self.outputs = {at: each for at, each in came.items() if at in needed}
         return output
+
+
+def storage(shape, settings: Sequence[Setting], tokens: int, device: torch.device) -> tuple[int, int]:
+    """Return (layers whose inputs would be stored on device, their bytes) for a window of so many tokens, at most."""
+    useful = Prefixes(shape, settings).useful
+    each = tokens * shape.config.get_text_config(decoder=True).hidden_size * shape.dtype.itemsize
+    count = len(fitting(useful, {device: each * len(useful)}))
+    return count, count * each
 
 
 @contextmanager
