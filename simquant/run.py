@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from simquant.report_file import ReportFile
     from simquant.sites import PlacedSite
 
-SAVE_EVERY = 30  # seconds between two versions of --output while it is not complete
+SAVE_EVERY = 30  # seconds between two versions of --output while it is not complete; more where writing takes long
 ROUND = 64  # windows that each process measures before all exchange what they have
 
 
@@ -172,14 +172,15 @@ def measure_and_save(
     """
     from simquant import report, tables
 
-    saved = time.monotonic()
+    saved, took = time.monotonic(), 0.0
     try:
         for dataset in run.texts:
             for _ in measure(model, run, dataset, list(settings.values()), flags.batch_size):
-                if time.monotonic() - saved > SAVE_EVERY:
-                    saved = time.monotonic()
+                if (start := time.monotonic()) - saved > SAVE_EVERY * max(1, 4 * took):  # at most 1 % of the time
                     if failure := failure_of(lambda: file.write(run, complete=False)):
                         notify(str(failure))
+                    saved = time.monotonic()
+                    took = saved - start
         return failure_of(lambda: file.write(run, complete=True))
     except BaseException as end:
         done = file.write(run, complete=False)
@@ -200,6 +201,7 @@ def measure(model, run: Run, dataset: str, settings: Sequence[Setting], batch_si
     from simquant import memory
 
     windows, count, total = run.texts[dataset], processes.count(), sum(map(len, run.texts.values()))
+    losses = run.done(dataset)[:, :4, 0].sum(0)
     with qu.progress("measure", total=total, initial=sum(run.count.values())) as bar:
         while (first := run.count[dataset]) < len(windows):
             each = len(windows) if count == 1 else min(ROUND, -(-(len(windows) - first) // count))
@@ -211,7 +213,8 @@ def measure(model, run: Run, dataset: str, settings: Sequence[Setting], batch_si
                 if count == 1:
                     run.add(dataset, figures, time.perf_counter() - start)
                     start = time.perf_counter()
-                    ppl = run.done(dataset)[:, :4, 0].mean(0).exp().tolist()
+                    losses += figures[:, :4, 0].sum(0)
+                    ppl = (losses / run.count[dataset]).exp().tolist()
                     bar.set_postfix_str(
                         " ".join(["ppl", *(f"{each:.4f}" for each in ppl)]), refresh=sys.stderr.isatty()
                     )
