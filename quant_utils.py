@@ -143,7 +143,7 @@ def normal_float_levels(bits: int) -> Tensor:
 LEVELS = {"uniform": uniform_levels, "nf": normal_float_levels, "nuq": uniform_levels}  # nuq: until it is fitted
 LEVEL_NAMES = {"uniform": "uniform", "nf": "NormalFloat", "nuq": "NUQ"}
 
-FASTER: dict[str, Callable] = {}  # {function: its like with the same result, sooner}: speed.py and prefixes.py fill it
+FASTER: dict[str, Callable] = {}  # {function: its like with the same result, sooner}: simquant/speed.py fills it
 
 
 def replaceable(function: Callable) -> Callable:

@@ -229,12 +229,13 @@ def test_an_error_within_a_row_leaves_the_model_as_it_was_and_nothing_stored():
     def fails(module, args, out):
         raise MemoryError
 
-    with prefixes.stored(model, rows), torch.inference_mode():
-        found = qu.FASTER["run_body"].__self__
-        qu.run_body(model, ids, rows[0])
+    found = prefixes.Prefixes(model, rows)
+    found.keep_what_is_exact()
+    with torch.inference_mode():
+        found.run(model, ids, rows[0])
         assert sorted(found.outputs) == [1, 2, 3]
         with pytest.raises(MemoryError), qu.hooked([(layers[3], fails)]):
-            qu.run_body(model, ids, rows[3])
+            found.run(model, ids, rows[3])
         assert list(model.model.layers) == layers and not found.outputs and found.ids is None
 
 
