@@ -127,14 +127,16 @@ class Prefixes:
         """
         vocabulary = self.model.config.get_text_config(decoder=True).vocab_size
         ids = (torch.arange(5, 5 + TOKENS, device=qu.input_device(self.model)) % vocabulary)[None]
-        stored = {index: StandIn(layer) for index, layer in enumerate(self.layers)}
-        expected, exact = self.run_with(stored, ids).last_hidden_state, list[int]()
-        self.run_with({}, ids.flip(1))
+        stored, exact = {index: StandIn(layer) for index, layer in enumerate(self.layers)}, list[int]()
+        try:
+            expected = self.run_with(stored, ids).last_hidden_state
+            self.run_with({}, ids.flip(1))
+        except Exception:  # whatever a model does with stand-ins
+            self.useful = []
         is_loop = any(each.calls != 1 for each in stored.values())  # the first layers read what the last ones gave
         for start in [] if is_loop else reversed(self.useful):  # layers before it remember the other tokens
-            output = stored[start - 1].output
-            with contextlib.suppress(Exception):  # whatever a model does without its first layers
-                given = self.run_with(self.passing_over(start, output), ids).last_hidden_state
+            with contextlib.suppress(Exception):
+                given = self.run_with(self.passing_over(start, stored[start - 1].output), ids).last_hidden_state
                 exact += [start] if torch.equal(given, expected) else []
         self.useful = exact[::-1]
         for each in (each for start in exact for each in tensors_in(stored[start - 1].output)):

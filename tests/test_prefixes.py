@@ -92,6 +92,18 @@ def reads_what_layer_0_left(model, at=3, forgets=False):
     return [(layers[0], lambda module, args, out: left.append(out.mean())), (layers[at], read)]
 
 
+def knows_its_own_layers_alone(model):
+    """No hooks: the decoder itself looks at what stands in its list."""
+    whole = model.model.forward
+
+    def forward(*args, **kwargs):
+        assert not any(isinstance(layer, prefixes.StandIn) for layer in model.model.layers)
+        return whole(*args, **kwargs)
+
+    model.model.forward = forward
+    return []
+
+
 @pytest.mark.parametrize(
     ("hooks", "exact"),
     [
@@ -100,9 +112,10 @@ def reads_what_layer_0_left(model, at=3, forgets=False):
         (lambda model: reads_what_layer_0_left(model, forgets=True), []),
         (lambda model: reads_what_layer_0_left(model, at=1), [2, 3]),
         (lambda model: [(model.model.layers[2], lambda module, args, out: args[0].add_(out))], [1, 3]),
+        (knows_its_own_layers_alone, []),
         (lambda model: setattr(model.model, "layers", Twice(model.model.layers)) or [], []),
     ],
-    ids=["llama", "remembers", "raises", "reads until layer 1", "adds in place", "loops"],
+    ids=["llama", "remembers", "raises", "reads until layer 1", "adds in place", "looks at its list", "loops"],
 )
 def test_no_row_starts_where_a_layer_reads_more_than_the_output_before_it(hooks, exact):
     model = tiny("llama", LAYERS)
