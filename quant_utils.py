@@ -14,12 +14,13 @@ saved: this measures the error of a quantized cache, not its speed. A format is 
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import math
 from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -78,9 +79,11 @@ class Quantizer:
 
     def to(self, device: torch.device) -> Quantizer:
         """Return the same with its tensors on device."""
-        this: Any = self
-        held = {each.name: getattr(this, each.name) for each in fields(this) if each.init}
-        return replace(this, **{n: v.to(device) for n, v in held.items() if isinstance(v, (Tensor, Quantizer))})
+        moved = copy.copy(self)  # not made anew: its constructor would wait for a GPU to check them
+        for name, held in vars(self).items():
+            if isinstance(held, (Tensor, Quantizer)):
+                object.__setattr__(moved, name, held.to(device))
+        return moved
 
 
 @dataclass(frozen=True)
@@ -775,6 +778,12 @@ def average_bits(sites: Sequence[Site], setting: Setting, taps: Iterable[Tap], b
 # -- 7. The perplexity loop
 
 
+@replaceable
+def run_body(model, ids: Tensor, setting: Setting) -> Any:
+    """Return the body's output for ids [B,T]. What setting leaves unquantized may be known from another setting."""
+    return model.get_decoder()(input_ids=ids, use_cache=False)
+
+
 @torch.inference_mode()
 def start_batch(model, sites: Sequence[Site], ids: Tensor, settings: Sequence[Setting]) -> Callable[[], Tensor]:
     """Begin to measure windows ids [B,T]; call what is returned to wait for their figures [B,S,len(FIGURES)], fp64.
@@ -784,7 +793,7 @@ def start_batch(model, sites: Sequence[Site], ids: Tensor, settings: Sequence[Se
     ids, outputs, bits = ids.to(input_device(model)), [], []
     for setting in settings:
         with quantized(setting) as taps:
-            output = model.get_decoder()(input_ids=ids, use_cache=False)
+            output = run_body(model, ids, setting)
             bits.append(average_bits(sites, setting, taps.values(), torch.zeros_like(ids)))
         outputs.append(type(output)(last_hidden_state=output.last_hidden_state))  # whatever else it holds may go
     means = mean_statistics(model, ids, outputs, is_paired=len(settings) > 1 and not settings[0])

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from quant_utils import Setting, Site
-from simquant import memory, models, report, tables, texts
+from simquant import memory, models, prefixes, report, tables, texts
 from simquant.sites import PlacedSite, layers_without_attention
 
 
@@ -64,3 +64,7 @@ def print_plan(flags, shape, found: Sequence[PlacedSite], settings: Mapping[Any,
     weights, free, held = (f"{size / 2**30:.2f} GiB" for size in sizes)
     print(f"weights: {weights}; {free} are free on {device}")
     print(f"cache of {flags.report_context} tokens in 16 bits: {held}")
+    count, size = prefixes.storage(shape, list(settings.values()), flags.seqlen, device)
+    if count:
+        each = f"{size / 2**30:.2f} GiB for each window of a batch"
+        print(f"stored for rows that start at a later layer: the inputs of {count} layers, {each}")

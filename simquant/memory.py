@@ -81,7 +81,7 @@ def evaluate_what_fits(model, sites, windows: Tensor, settings, asked: int | str
     """Yield quant_utils.evaluate of windows, with as many of them at a time as memory holds.
 
     asked is a batch size or "auto": then the first window shows how many fit. What runs out of memory is tried again in
-    smaller batches; UserError if a single window does.
+    smaller batches, then without inputs of layers that are stored; UserError if a single window does even so.
     """
     reset_peak_memory()
     done, size, is_probe, said = 0, 1 if asked == "auto" else int(asked), asked == "auto", asked
@@ -97,6 +97,10 @@ def evaluate_what_fits(model, sites, windows: Tensor, settings, asked: int | str
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
+            if size == 1 and "run_body" in qu.FASTER:
+                del qu.FASTER["run_body"]  # what simquant/prefixes.py stores for it is freed
+                notify("memory does not hold inputs of layers for rows that start there: they start at the first layer")
+                continue
             if size == 1:
                 advice = "lower --seqlen, choose a smaller --dtype, or give the model more GPUs"
                 line = f"one window of seqlen {windows.shape[1]} runs out of memory on {devices_of(model)}: {advice}"

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from simquant.report_file import ReportFile
     from simquant.sites import PlacedSite
 
-SAVE_EVERY = 30  # seconds between two versions of --output while it is not complete
+SAVE_EVERY = 30  # seconds between two versions of --output while it is not complete; more where writing takes long
 ROUND = 64  # windows that each process measures before all exchange what they have
 
 
@@ -77,7 +77,7 @@ def settings_of(model, flags: Flags, stored: Mapping[str, Any] | None) -> tuple[
 def evaluate(flags: Flags, given: Mapping[str, Any], stored: Mapping[str, Any] | None = None) -> None:
     """Measure, print, save and draw what the flags ask for; stored is a quantizer file's content, None for no file."""
     begin(flags, given)
-    from simquant import describe, kvquant_file, models, plots, report, report_file, texts
+    from simquant import describe, kvquant_file, models, plots, prefixes, report, report_file, texts
 
     file, exported = output_file(flags), getattr(flags, "export_kvquant", None)
     config, tokenizer = models.load_config_and_tokenizer(flags.model, flags.revision)
@@ -100,7 +100,8 @@ def evaluate(flags: Flags, given: Mapping[str, Any], stored: Mapping[str, Any] |
     if known:
         report_file.take_over(run, flags.output or "", known, file.record["environment"])
     on_signals(stop)
-    failures = [measure_compiled(model, run, settings, flags, file)]
+    with prefixes.stored(model, list(settings.values())):
+        failures = [measure_compiled(model, run, settings, flags, file)]
     if processes.index() == 0:
         failures.append(failure_of(lambda: plots.draw(flags, model, run, narrowest(settings))))
         describe.print_results(model, config, flags, settings, run)
@@ -174,14 +175,15 @@ def measure_and_save(
     """
     from simquant import report, tables
 
-    saved = time.monotonic()
+    saved, took = time.monotonic(), 0.0
     try:
         for dataset in run.texts:
             for _ in measure(model, run, dataset, list(settings.values()), flags.batch_size):
-                if time.monotonic() - saved > SAVE_EVERY:
-                    saved = time.monotonic()
+                if (start := time.monotonic()) - saved > SAVE_EVERY * max(1, 4 * took):  # at most 1 % of the time
                     if failure := failure_of(lambda: file.write(run, complete=False)):
                         notify(str(failure))
+                    saved = time.monotonic()
+                    took = saved - start
         return failure_of(lambda: file.write(run, complete=True))
     except BaseException as end:
         done = file.write(run, complete=False)
@@ -202,6 +204,7 @@ def measure(model, run: Run, dataset: str, settings: Sequence[Setting], batch_si
     from simquant import memory
 
     windows, count, total = run.texts[dataset], processes.count(), sum(map(len, run.texts.values()))
+    losses = run.done(dataset)[:, :4, 0].sum(0)
     with qu.progress("measure", total=total, initial=sum(run.count.values())) as bar:
         while (first := run.count[dataset]) < len(windows):
             each = len(windows) if count == 1 else min(ROUND, -(-(len(windows) - first) // count))
@@ -213,7 +216,8 @@ def measure(model, run: Run, dataset: str, settings: Sequence[Setting], batch_si
                 if count == 1:
                     run.add(dataset, figures, time.perf_counter() - start)
                     start = time.perf_counter()
-                    ppl = run.done(dataset)[:, :4, 0].mean(0).exp().tolist()
+                    losses += figures[:, :4, 0].sum(0)
+                    ppl = (losses / run.count[dataset]).exp().tolist()
                     bar.set_postfix_str(
                         " ".join(["ppl", *(f"{each:.4f}" for each in ppl)]), refresh=sys.stderr.isatty()
                     )

@@ -16,6 +16,7 @@ import subprocess
 import sys
 import termios
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -25,8 +26,9 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from quant_utils import Site, UserError
-from simquant import report, report_file, tables
+import quant_utils
+from quant_utils import FIGURES, Site, UserError
+from simquant import memory, report, report_file, run, tables
 from simquant.flags import Flags
 from simquant.methods import Row
 from simquant.parsing import decisive
@@ -197,6 +199,40 @@ def test_a_killed_run_saves_what_is_measured_and_goes_on(sweep, tmp_path, place,
     process = run_script(DYNAMIC_SCRIPT, NANO, *SWEEP, "--output", out, "--resume")
     assert process.returncode == 0 and (process.stderr == "") == (windows > 0), process.stderr
     assert json.loads(out.read_text())["complete"] is True and figures(out) == figures(sweep[1])
+
+
+class Clock:
+    """Seconds that pass only where something is said to take them."""
+
+    def __init__(self):
+        self.seconds = 0.0
+
+    def takes(self, seconds):
+        self.seconds += seconds
+
+
+@pytest.mark.parametrize(("each", "writes"), [(0.01, 26), (0.5, 15), (10, 2)])
+def test_writing_what_is_measured_takes_little_of_the_time_however_long_the_file_is(monkeypatch, each, writes):
+    clock, written = Clock(), []
+    monkeypatch.setattr(run.time, "monotonic", lambda: clock.seconds)
+    monkeypatch.setattr(run, "measure", lambda *args: (clock.takes(10) for _ in range(100)))
+    file = SimpleNamespace(write=lambda of, complete: written.append(complete) or clock.takes(each))
+    known = SimpleNamespace(texts=["a"])
+    assert run.measure_and_save(None, known, {}, SimpleNamespace(batch_size=1), file) is None
+    assert written == [False] * (writes - 1) + [True]
+
+
+def test_the_running_perplexity_is_that_of_all_windows_so_far_also_after_a_resume(monkeypatch):
+    rows, shown = [Row(16, "nothing"), Row(3, "keys")], []
+    whole = report.Run({"a": torch.zeros(9, 4)}, rows, [], 4)
+    losses = torch.rand(9, 2, len(FIGURES), dtype=torch.float64)
+    whole.add("a", losses[:4], 1.0)
+    bar = SimpleNamespace(n=0, update=lambda count: None, set_postfix_str=lambda text, refresh: shown.append(text))
+    monkeypatch.setattr(quant_utils, "progress", lambda *args, **kwargs: contextlib.nullcontext(bar))
+    monkeypatch.setattr(memory, "evaluate_what_fits", lambda *args: losses[4:].split(2))
+    assert len(list(run.measure(None, whole, "a", [{}, {}], 2))) == 3 and torch.equal(whole.done("a"), losses)
+    expected = [[math.exp(statistics.fmean(column)) for column in losses[:n, :, 0].T.tolist()] for n in (6, 8, 9)]
+    assert shown == [f"ppl {one:.4f} {other:.4f}" for one, other in expected]
 
 
 def test_a_complete_run_is_not_measured_again_and_may_print_and_draw_otherwise(sweep, tmp_path):
