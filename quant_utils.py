@@ -790,7 +790,9 @@ def start_batch(model, sites: Sequence[Site], ids: Tensor, settings: Sequence[Se
 
     The unquantized model's logits are computed once for all settings. The host may start on the next batch meanwhile.
     """
-    ids, outputs, bits = ids.to(input_device(model)), [], []
+    if input_device(model).type == "cuda":
+        ids = ids.pin_memory()  # from where a GPU takes them when it comes to it, and the host does not wait
+    ids, outputs, bits = ids.to(input_device(model), non_blocking=True), [], []
     for setting in settings:
         with quantized(setting) as taps:
             output = run_body(model, ids, setting)
