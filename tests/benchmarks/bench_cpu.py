@@ -9,6 +9,7 @@ quantizers   each way to quantize keys or values, beside the arithmetic of the p
 windows      whole windows of the bundled model, beside a plain loop over model(ids) with that arithmetic in hooks
 sweep        four widths in one loop, beside four loops of one width each
 kmeans       the fit of NUQ levels, beside scikit-learn's KMeans
+attribution  each layer alone, where rows start at the layer that they quantize, beside the same from the first layer
 
 The machine's speed drifts, so ours and its peers take turns, in the first two parts each in a process of its own, and a
 ratio is the median of the turns' ratios: below 1 ours is faster. CPU time is that of all threads, and counts how they
@@ -28,6 +29,7 @@ from pathlib import Path
 
 import torch
 import transformers
+from transformers import LlamaConfig, LlamaForCausalLM
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 IS_CONTENDER = sys.argv[1:2] == ["--contender"]  # of Contender: --contender FOLDER NAME THREADS
@@ -37,7 +39,7 @@ import peers  # noqa: E402
 import quant_utils as qu  # noqa: E402
 from simquant import models, sites, speed, texts  # noqa: E402
 from simquant.flags import Flags  # noqa: E402
-from simquant.methods import Plan, Width  # noqa: E402
+from simquant.methods import BASELINE, Plan, Width  # noqa: E402
 
 NANO, SAMPLE = str(ROOT / "tests/assets/llama3-nano"), str(ROOT / "tests/assets/sample.txt")
 TOKENS, BITS, CHANNELS = 2048, (2, 3, 4, 8), (1024, 256, 128)
@@ -331,10 +333,34 @@ def kmeans_table():
     print("peer: scikit-learn's KMeans, n_init 10. error ratio: of the weighted squared errors, ours over the peer's.")
 
 
-# ATTRIBUTION: a function here, its line in PARTS below, and one in the docstring above
+def attribution_table():
+    from simquant import prefixes  # older versions, which --old may name, lack it
+
+    shape = {"hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 32, "num_attention_heads": 8}
+    config = LlamaConfig(**shape, num_key_value_heads=4, vocab_size=512)
+    model, windows = LlamaForCausalLM(config).eval().requires_grad_(False), torch.randint(512, (6, 256))
+    plan = Plan("uniform", [BASELINE, Width(3, 3)], AXES, {"": ("outliers", 1 - 0.99)}, attribution=True)
+    settings, done = list(plan.settings(sites.find_sites(model)).values()), []
+
+    def attribution(stored):
+        with prefixes.stored(model, stored):
+            return loop(model, windows, *settings)
+
+    for _ in range(2):
+        done.append({"ours": timed(attribution, settings), "peer": timed(attribution, [])})
+    print(f"\nAn attribution of {len(settings)} rows, 32 layers, {len(windows)} windows of 256")
+    columns("what", ("ours s", 10), ("peer s", 10), ("ours/peer", 16))
+    cells = [(f"{median(done, each, 1):.2f}", 10) for each in ("ours", "peer")]
+    columns("each row starts at its first layer", *cells, both_ratios(done, "ours", "peer"))
+    print("peer: every row runs all layers. Ratio of CPU time, of wall time in brackets.")
+    is_same = torch.equal(done[0]["ours"][2], done[0]["peer"][2])
+    print(f"the figures of both are {'the same bits' if is_same else 'DIFFERENT'}")
 
 
-PARTS = {"quantizers": quantizers_table, "windows": windows_table, "sweep": sweep_table, "kmeans": kmeans_table}
+PARTS = {
+    "quantizers": quantizers_table, "windows": windows_table, "sweep": sweep_table, "kmeans": kmeans_table,
+    "attribution": attribution_table,
+}  # fmt: skip
 BY_TURNS = ("quantizers", "windows")
 
 

@@ -25,11 +25,12 @@ sys.path.insert(0, str(ROOT))
 import peers  # noqa: E402
 
 import quant_utils as qu  # noqa: E402
-from simquant import memory, processes, report, sites, speed  # noqa: E402
-from simquant.methods import Plan, Width  # noqa: E402
+from simquant import memory, prefixes, processes, report, sites, speed  # noqa: E402
+from simquant.methods import BASELINE, Plan, Width  # noqa: E402
 from simquant.run import measure  # noqa: E402
 
 REPEATS, WINDOWS, SEQLEN, WIKITEXT2 = 9, 16, 2048, 141
+AXES = {"keys": "channel", "values": "token"}
 LLAMA_3_8B = {
     "vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
     "num_attention_heads": 32, "num_key_value_heads": 8, "max_position_embeddings": 8192, "rope_theta": 500000.0,
@@ -107,9 +108,7 @@ def loop(model, windows, *settings):
 
 def plan(bits, **options):
     method = options.pop("levels", "uniform")
-    return Plan(
-        method, [Width(bits, bits)], {"keys": "channel", "values": "token"}, {n: (n, v) for n, v in options.items()}
-    )
+    return Plan(method, [Width(bits, bits)], AXES, {n: (n, v) for n, v in options.items()})
 
 
 def dynamic(model, bits, **options):
@@ -282,6 +281,21 @@ def sweep_and_long_window(model, windows, weights):
     show("one window of 32768 tokens, dynamic, 1 %: memory above the weights", peak_gib(weights), "GiB", 12)
 
 
+def attribution(model, window):
+    """Each layer alone, from its own input as the unquantized model gave it, and from the first layer."""
+    rows = Plan("uniform", [BASELINE, Width(3, 3)], AXES, {}, attribution=True).settings(sites.find_sites(model))
+    rows = [(row, qu.on_device(setting)) for row, setting in rows.items()]
+    times, figures = {}, {}
+    for is_stored in (False, True):
+        with prefixes.stored(model, [setting for _, setting in rows] if is_stored else []), speed.compiled(model):
+            loop(model, window, *rows)  # compiles
+            times[is_stored], run = zip(*(seconds(lambda: loop(model, window, *rows)) for _ in range(3)), strict=True)
+        figures[is_stored] = run[-1].done("random")
+    plain, sooner = (statistics.median(each) for each in times.values())
+    show(f"attribution of {len(rows)} rows: rows start at their layer, against at the first", sooner / plain, "x", 0.62)
+    print(f"its figures are {'the same bits' if torch.equal(*figures.values()) else 'DIFFERENT'}")
+
+
 def scale(model):
     """The loop on the main process's GPU alone, then on those of all; both without compilation time."""
     count, main = processes.count(), processes.index() == 0
@@ -321,3 +335,4 @@ if __name__ == "__main__":
         with speed.compiled(model):
             ratios(model, windows, weights, bandwidth, known)
             sweep_and_long_window(model, windows, weights)
+        attribution(model, windows[:1])
