@@ -57,14 +57,18 @@ def snap(x: Tensor, exact: Tensor, lo: Tensor, hi: Tensor, levels: Tensor, decod
     find: Any = level_finder(tuple(levels.tolist()), tuple(decoded.tolist()))
     given, size = torch.empty_like(x), max(1, BLOCK // max(1, x.shape[2]))
     exact = exact.expand(len(x), x.shape[1], exact.shape[-1])  # whole tokens, or single entries
+    by_entry = exact.shape[-1] > 1
+    some_are_exact = by_entry or bool(exact.any())
     whole = (x, given, exact, *(each.expand_as(x) for each in (lo, hi, hi - lo)))
     for row in zip(*whole, strict=True):
         for some, out, keep, low, high, span in zip(*(each.split(size) for each in row), strict=True):
             unit = torch.sub(some, low).div_(span).mul_(2).sub_(1)
             unit.nan_to_num_(nan=1.0).clamp_(-1, 1)  # a search puts nan behind all borders
-            out.copy_(torch.lerp(low, high, find(unit)))
-            place = keep.nonzero().unbind(1)[: 1 if keep.shape[1] == 1 else 2]
-            out[place] = some[place]
+            ends = (each if each.stride(-1) else each.contiguous() for each in (low, high))  # lerp is slow otherwise
+            out.copy_(torch.lerp(*ends, find(unit)))
+            if some_are_exact:
+                place = keep.nonzero().unbind(1)[: 2 if by_entry else 1]
+                out[place] = some[place]
     return given
 
 
@@ -85,8 +89,8 @@ class LevelSteps(NamedTuple):
         """Overwrite unit [...] in [-1, 1] by the weight of the nearest level, and return it."""
         unit.mul_(-TINY)
         for border, weight in self.steps:
-            F.threshold(unit, border, weight, inplace=True)
-        return F.threshold(unit, TINY, self.first, inplace=True)
+            torch.threshold_(unit, border, weight)
+        return torch.threshold_(unit, TINY, self.first)
 
 
 class LevelTable(NamedTuple):
