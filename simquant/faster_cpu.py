@@ -64,8 +64,8 @@ def snap(x: Tensor, exact: Tensor, lo: Tensor, hi: Tensor, levels: Tensor, decod
         for some, out, keep, low, high, span in zip(*(each.split(size) for each in row), strict=True):
             unit = torch.sub(some, low).div_(span).mul_(2).sub_(1)
             unit.nan_to_num_(nan=1.0).clamp_(-1, 1)  # a search puts nan behind all borders
-            ends = (each if each.stride(-1) else each.contiguous() for each in (low, high))  # lerp is slow otherwise
-            out.copy_(torch.lerp(*ends, find(unit)))
+            low, high = (each if each.stride(-1) else each.contiguous() for each in (low, high))  # else lerp is slow
+            out.copy_(torch.lerp(low, high, find(unit)))
             if some_are_exact:
                 place = keep.nonzero().unbind(1)[: 2 if by_entry else 1]
                 out[place] = some[place]
