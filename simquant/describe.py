@@ -66,5 +66,5 @@ def print_plan(flags, shape, found: Sequence[PlacedSite], settings: Mapping[Any,
     print(f"cache of {flags.report_context} tokens in 16 bits: {held}")
     count, size = prefixes.storage(shape, list(settings.values()), flags.seqlen, device)
     if count:
-        each = f"{size / 2**30:.2f} GiB for each window of a batch"
+        each = f"{size / 2**20:.1f} MiB for each window of a batch"
         print(f"stored for rows that start at a later layer: the inputs of {count} layers, {each}")

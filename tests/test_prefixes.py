@@ -256,7 +256,7 @@ def test_an_error_within_a_row_leaves_the_model_as_it_was_and_nothing_stored():
 def test_a_dry_run_tells_what_is_stored(flags, stored):
     words = ("--datasets", SAMPLE, "--seqlen", "2048", "--abits", "3", "--dry_run")
     process = run_script(DYNAMIC_SCRIPT, NANO, *words, *flags)
-    size = f"{stored * 2048 * 192 * 4 / 2**30:.2f}"
-    line = f"stored for rows that start at a later layer: the inputs of {stored} layers, {size} GiB for each window"
+    size = f"{stored * 2048 * 192 * 4 / 2**20:.1f}"
+    line = f"stored for rows that start at a later layer: the inputs of {stored} layers, {size} MiB for each window"
     assert process.returncode == 0 and (line in process.stdout) == (stored > 0), process.stdout
     assert ("stored" in process.stdout) == (stored > 0)

@@ -374,7 +374,9 @@ def parse():
     args = parser.parse_args()
     args.only = args.only.split(",")
     if unknown := [each for each in args.only if each not in PARTS]:
-        parser.error(f"--only {unknown[0]}: the parts are {', '.join(PARTS)}")
+        parser.error(f"--only {unknown[0]!r}: the parts are {', '.join(PARTS)}")
+    if args.threads < 1:
+        parser.error(f"--threads {args.threads}: give 1 or more")
     if args.old and not (args.old / "quant_utils.py").is_file():
         parser.error(f"--old {args.old} has no quant_utils.py: name the top folder of a checkout")
     return args
