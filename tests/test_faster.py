@@ -3,10 +3,13 @@
 import contextlib
 import itertools
 import math
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from default_quantizers import VARIANTS, activations, fitted
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -231,3 +234,11 @@ def test_every_quantizer_gives_the_same_bits_whatever_is_faster():
                     assert given.outliers is None or torch.equal(given.outliers, expected[case].outliers), case
                 again = fitted(scalar, x)
                 assert torch.equal(calibrated.lo, again.lo) and torch.equal(calibrated.hi, again.hi)
+
+
+def test_a_script_installs_what_is_faster_before_it_does_anything():
+    code = (
+        "import quant_utils as qu; from simquant import flags, run; run.begin(flags.Flags('m'), {}); print(*qu.FASTER)"
+    )
+    process = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert process.stdout.split() == ["order_statistics", "inlier_bounds", "decode_nearest", "snap"]
