@@ -150,7 +150,7 @@ FASTER: dict[str, list[tuple[Callable[..., bool], Callable]]] = {}  # {function:
 
 
 def replaceable(function: Callable) -> Callable:
-    """Let FASTER, which simquant/speed.py fills, replace function, the definition: tests compare them bit for bit."""
+    """Let FASTER, which simquant/speed.py fills, replace function by one that gives the same bits, as tests see."""
 
     @functools.wraps(function)
     def chosen(*args):
@@ -241,9 +241,9 @@ def lloyd(totals: Tensor, edges: Tensor, steps: int = 100) -> Tensor:
 
 @replaceable
 def order_statistics(x: Tensor, rank: int, axis: int) -> Sequence[tuple[Tensor, Tensor]]:
-    """Return what stands at rank and rank + 1 along axis, from the least of x and from the greatest, which is rank 0.
+    """Return [(a, b), (c, d)]: what stands at rank and rank + 1 of x along axis, which is kept as 1.
 
-    The axis is kept as 1. The tails are sorted for it, not x.
+    a and b count from the least, c and d from the greatest; rank 0 is the extreme. Only the tails are sorted.
     """
     far = min(rank + 1, x.shape[axis] - 1)
     tails = (x.topk(far + 1, dim=axis, largest=largest).values for largest in (False, True))
@@ -780,7 +780,7 @@ def average_bits(sites: Sequence[Site], setting: Setting, taps: Iterable[Tap], b
 
 @replaceable
 def run_body(model, ids: Tensor, setting: Setting) -> Any:
-    """Return the body's output for ids [B,T]. What setting leaves unquantized may be known from another setting."""
+    """Return the body's output for ids [B,T]; layers before the first that setting quantizes may be passed over."""
     return model.get_decoder()(input_ids=ids, use_cache=False)
 
 
@@ -791,7 +791,7 @@ def start_batch(model, sites: Sequence[Site], ids: Tensor, settings: Sequence[Se
     The unquantized model's logits are computed once for all settings. The host may start on the next batch meanwhile.
     """
     if input_device(model).type == "cuda":
-        ids = ids.pin_memory()  # from where a GPU takes them when it comes to it, and the host does not wait
+        ids = ids.pin_memory()  # the GPU copies them when it is ready, and the host does not wait for it
     ids, outputs, bits = ids.to(input_device(model), non_blocking=True), [], []
     for setting in settings:
         with quantized(setting) as taps:

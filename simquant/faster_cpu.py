@@ -1,4 +1,4 @@
-"""What gives on a CPU the bits of quant_utils' own definitions, sooner."""
+"""Faster definitions for a CPU. They give the same bits as those of quant_utils."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ MOST_STEPS, MOST_BINS, TINY = 16, 2**16, 2.0**-40
 
 
 def is_on_cpu(x: Tensor, *_) -> bool:
-    """Return whether x is on a CPU, and no compiler looks on."""
+    """Return whether x is on a CPU, and this is not being compiled."""
     return x.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def is_to_turn(x: Tensor, rank: int, axis: int) -> bool:
-    """Return whether x is on a CPU, and its tails lie across its rows."""
+    """Return whether x is on a CPU, and axis is its last but one, along which its memory is not contiguous."""
     return is_on_cpu(x) and axis % x.ndim == x.ndim - 2
 
 
 def turned_order_statistics(x: Tensor, rank: int, axis: int) -> list[tuple[Tensor, Tensor]]:
-    """See quant_utils. Sorting is several times faster along contiguous memory."""
+    """See quant_utils. x is transposed first: sorting is several times faster along contiguous memory."""
     rows = torch.empty_like(x.mT, memory_format=torch.contiguous_format)
     for out, each in zip(rows.view(-1, *rows.shape[-2:]), x.reshape(-1, *x.shape[-2:]), strict=True):
         out.copy_(each.mT)  # torch copies a transposed matrix several times faster than a stack of them
@@ -73,10 +73,10 @@ def snap(x: Tensor, exact: Tensor, lo: Tensor, hi: Tensor, levels: Tensor, decod
 
 
 class LevelSteps(NamedTuple):
-    """Few levels, found one after another from the highest by threshold, which replaces what is <= a border.
+    """Few levels, found one after another, the highest first, by threshold_, which overwrites what is <= a border.
 
-    Numbers are negated, so that it replaces what lies above a border; and they are tiny, as the borders are, so that
-    what it writes lies beyond all borders that follow.
+    Numbers and borders are negated, so that it overwrites what lies above a border. They are also scaled down to TINY,
+    so that what it has written exceeds all borders that follow, and stays.
 
     steps  (border, weight of the level above it), the highest first, -TINY times what they are
     first  weight of the lowest level

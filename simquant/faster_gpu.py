@@ -1,4 +1,4 @@
-"""What gives on a GPU, or compiled, the bits of quant_utils' own definitions, sooner."""
+"""Faster definitions for a GPU, and for compiled layers. They give the same bits as those of quant_utils."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def inlier_bounds(x: Tensor, fraction: float, axis: int, absent: int = 0) -> Bou
 
 
 def is_compiled(unit: Tensor, levels: Tensor, *_) -> bool:
-    """Return whether levels are found step by step: few of them in a compiled kernel, where a search would wait."""
+    """Return whether levels are found one after another: few of them, in a compiled kernel, where a search is slow."""
     return torch.compiler.is_compiling() and len(levels) <= 16
 
 
@@ -55,35 +55,46 @@ def counted_tails(x: Tensor, rank: int, axis: int, absent: int = 0) -> Tails:
     """
     total, key = x.shape[axis], ordered_key(x)
     key = key.masked_fill(x.isnan(), 2**16 - 1) if absent else key  # a compiler may give a nan either sign
-    half, whole = (16, torch.int32) if total < 2**16 else (32, torch.int64)
-    one, mask = 1 + 2**half, 2**half - 1  # in each half a 1; the lower half
+    half, whole = packing(total)
+    one = 1 + 2**half  # in each half a 1
     guards = one * 2**15 - (2**32 if half == 16 else 0)  # the upper one is the sign of an int32
     guarded = (key >> 1).to(whole) * one + guards
-
-    def halves(both: Tensor) -> tuple[Tensor, Tensor]:
-        return both & mask, both >> half & mask
-
-    def less(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
-        both = (key < low).to(whole) + ((key < high).to(whole) << half)
-        return halves(both.sum(axis, keepdim=True, dtype=whole))
-
     found = torch.zeros_like(guarded.narrow(axis, 0, 1))
     for bit in reversed(range(15)):
         as_large = (guarded - (found + (one << bit))) >> 15 & one
-        at_low, at_high = halves(as_large.sum(axis, keepdim=True, dtype=whole))
+        at_low, at_high = halves(as_large.sum(axis, keepdim=True, dtype=whole), half)
         is_low, is_high = at_low >= total - rank, at_high > rank + absent
         found = found + (is_low.to(whole) << bit) + (is_high.to(whole) << bit + half)
-    low, high = (2 * each.int() for each in halves(found))
-    less_low, less_high = less(low + 1, high + 1)  # the last bit
+    low, high = (2 * each.int() for each in halves(found, half))
+    less_low, less_high = counts_below(key, low + 1, high + 1, axis)  # the last bit
     low = torch.where(less_low <= rank, low + 1, low)
     high = torch.where(less_high <= total - absent - 1 - rank, high + 1, high)
-    less_low, less_high = less(low + 1, high)  # the next rank holds the same number again, or its neighbour
+    less_low, less_high = counts_below(
+        key, low + 1, high, axis
+    )  # the next rank holds the same number again, or its neighbour
     above = key.masked_fill(key <= low, 2**16 - 1).amin(axis, keepdim=True)
     below = key.masked_fill(key >= high, 0).amax(axis, keepdim=True)
     next_low = torch.where(less_low < min(rank + 2, total - absent), above, low)
     next_high = torch.where(less_high > max(total - absent - rank - 2, 0), below, high)
     low, next_low, high, next_high = (from_ordered_key(each, x.dtype) for each in (low, next_low, high, next_high))
     return (low, next_low), (high, next_high)
+
+
+def packing(total: int) -> tuple[int, torch.dtype]:
+    """Return (bits of a half, dtype) of integers of which either half counts to total."""
+    return (16, torch.int32) if total < 2**16 else (32, torch.int64)
+
+
+def halves(both: Tensor, half: int) -> tuple[Tensor, Tensor]:
+    """Return the lower and the upper half of integers [...], each of so many bits."""
+    return both & 2**half - 1, both >> half & 2**half - 1
+
+
+def counts_below(key: Tensor, low: Tensor, high: Tensor, axis: int) -> tuple[Tensor, Tensor]:
+    """Return how many of key are less than low along axis, and how many less than high, by a single sum."""
+    half, whole = packing(key.shape[axis])
+    both = (key < low).to(whole) + ((key < high).to(whole) << half)
+    return halves(both.sum(axis, keepdim=True, dtype=whole), half)
 
 
 def ordered_key(x: Tensor) -> Tensor:

@@ -99,7 +99,9 @@ def evaluate_what_fits(model, sites, windows: Tensor, settings, asked: int | str
                 raise
             if size == 1 and "run_body" in qu.FASTER:
                 del qu.FASTER["run_body"]  # what simquant/prefixes.py stores for it is freed
-                notify("memory does not hold inputs of layers for rows that start there: they start at the first layer")
+                notify(
+                    "memory is too short to store inputs of layers: from here on every row starts at the first layer"
+                )
                 continue
             if size == 1:
                 advice = "lower --seqlen, choose a smaller --dtype, or give the model more GPUs"

@@ -21,7 +21,7 @@ TOKENS = 8  # on which a model shows whether its layers can be passed over
 
 
 class StandIn(nn.Module):
-    """What stands in a decoder's list for a layer, with its attributes: layers themselves, hooked or compiled, stay.
+    """Takes a layer's place in the decoder's list, and has its attributes. The layer itself stays hooked or compiled.
 
     output  what it gives instead of running the layer; None: it runs it, and this is then what came
     calls   how often it was called
@@ -47,7 +47,7 @@ class StandIn(nn.Module):
         return self.output
 
 
-def layer_list(model) -> nn.ModuleList | None:
+def decoder_list(model) -> nn.ModuleList | None:
     """Return the list in which all layers with attention stand; None if there is none."""
     attention = {module for _, module, _ in attention_layers(model)}
     lists = (each for each in model.get_decoder().modules() if isinstance(each, nn.ModuleList))
@@ -83,7 +83,7 @@ class Prefixes:
     """
 
     def __init__(self, model, settings: Sequence[Setting]):
-        layers = layer_list(model)
+        layers = decoder_list(model)
         self.model, self.layers = model, nn.ModuleList() if layers is None else layers
         backwards = reversed(range(len(self.layers)))
         self.index = {module: index for index in backwards for module in self.layers[index].modules()}
@@ -120,10 +120,11 @@ class Prefixes:
 
     @torch.inference_mode()
     def keep_what_is_exact(self) -> None:
-        """Strike those of useful from which the model does not give the same bits, on a few tokens.
+        """Remove from useful each start from which the model does not give the same bits, tried on a few tokens.
 
-        Some layers read more of an earlier one than the output before them, such as its keys and values: no start may
-        lie between the two. Other tokens come in between, so that what a layer only remembers is wrong.
+        Some layers read more than the output of the layer before, such as the keys and values of an earlier one: no
+        start may lie between the two. A pass over other tokens comes in between, so that what a layer still remembers
+        of the first pass cannot make the bits the same.
         """
         vocabulary = self.model.config.get_text_config(decoder=True).vocab_size
         ids = (torch.arange(5, 5 + TOKENS, device=qu.input_device(self.model)) % vocabulary)[None]

@@ -31,7 +31,7 @@ def attribution(model):
 
 def watched(model, windows, rows, batch_size=1):
     """(figures [N,S,F] of windows [N,T] in rows, [indices of the layers that ran, a list for each forward pass])."""
-    layers, passes = prefixes.layer_list(model), []
+    layers, passes = prefixes.decoder_list(model), []
 
     def begin(module, args, kwargs):
         if "forward" not in vars(module):  # it runs, and is not passed over for its logits
@@ -49,11 +49,11 @@ def watched(model, windows, rows, batch_size=1):
 def compare(model, windows, rows, batch_size=1):
     """Assert the same figures with stored inputs of layers as without; return the layers that ran in each pass."""
     plain, every = watched(model, windows, rows, batch_size)
-    own = list(prefixes.layer_list(model))
+    own = list(prefixes.decoder_list(model))
     with prefixes.stored(model, rows):
         figures, passes = watched(model, windows, rows, batch_size)
     assert torch.equal(figures.nan_to_num(-1), plain.nan_to_num(-1))
-    assert list(prefixes.layer_list(model)) == own and "run_body" not in qu.FASTER
+    assert list(prefixes.decoder_list(model)) == own and "run_body" not in qu.FASTER
     assert all(each == list(range(len(own))) for each in every) and len(every) == len(passes)
     return passes
 
@@ -231,7 +231,7 @@ def test_a_window_that_does_not_fit_beside_what_is_stored_is_measured_without(mo
     assert tried == [(2, True), (1, True), *5 * [(1, False)]] and torch.equal(figures, plain)
     said = [str(each.message) for each in recwarn if each.category is Notice]
     assert [line.split(":")[0] for line in said] == [
-        "memory does not hold inputs of layers for rows that start there", "--batch_size 2 runs out of memory"
+        "memory is too short to store inputs of layers", "--batch_size 2 runs out of memory"
     ]  # fmt: skip
 
 
