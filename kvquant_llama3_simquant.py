@@ -19,7 +19,8 @@ from simquant import processes, run
 from simquant.calibrated_flags import CalibratedFlags, of_the_fit
 from simquant.endings import exit_status
 from simquant.flags import Flags, checked, parse, with_method
-from simquant.methods import METHODS, PROJECTIONS
+from simquant.methods import METHODS
+from simquant.plans import PROJECTIONS
 from simquant.parsing import width_list
 
 EXAMPLES = """examples:

@@ -42,19 +42,34 @@ class Quantized(NamedTuple):
     outliers: Tensor | None = None  # bool [B,T,C], the entries that stay exact as outliers; None where there are none
 
 
+# Which tokens j a query t sees exact in a residual window of r tokens, both counted behind the sinks: the latest r with
+# its own; its own and r before; those of its own block of r. The last two are the rules of KIVI's values and keys.
+WINDOWS: dict[str, Callable[[Tensor, Tensor, int], Tensor]] = {
+    "last": lambda t, j, r: t - j < r,
+    "before": lambda t, j, r: t - j <= r,
+    "block": lambda t, j, r: t // r == j // r,
+}
+
+
 class Quantizer:
     """What a cache does to the keys or the values of one layer.
 
     A format is a subclass, a frozen dataclass. Its settings, and what it is fitted to, are its fields: plain values and
     tensors, which the quantizer file holds as they are. A constructor that is given nonsense raises UserError.
 
-    bits     what an entry nominally takes: one of --abits
-    sinks    leading tokens of every window that stay exact (attention sinks)
-    sources  (layer, part) of the sites whose values quantize and fit look up in taps
+    bits        what an entry nominally takes: one of --abits
+    sinks       leading tokens of every window that stay exact (attention sinks)
+    recent      tokens of the residual window: the latest ones, which a query sees exact
+    window      which they are, see WINDOWS
+    after_rope  whether it is the cache's own keys that are quantized, and not those before RoPE
+    sources     (layer, part) of the sites whose values quantize and fit look up in taps
     """
 
     bits: float
     sinks: int = 0
+    recent: int = 0
+    window: str = "last"
+    after_rope: bool = False
     sources: tuple[tuple[int, str], ...] = ()
 
     @property
@@ -76,6 +91,12 @@ class Quantizer:
     def cost(self, tokens: int, channels: int) -> float:
         """Return the bits that a cache of [tokens, channels] entries takes, outliers not counted."""
         raise NotImplementedError
+
+    def quantized_tokens(self, tokens: int) -> int:
+        """Return how many of so many cached tokens are neither sinks nor recent ones."""
+        behind = max(0, tokens - self.sinks)
+        recent = behind % self.recent if self.window == "block" and self.recent else min(self.recent, behind)
+        return behind - recent
 
     def to(self, device: torch.device) -> Quantizer:
         """Return the same with its tensors on device."""

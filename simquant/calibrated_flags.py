@@ -8,7 +8,7 @@ from typing import Any
 
 from simquant import parsing
 from simquant.flags import Flags, QuantizationFlags, count
-from simquant.methods import BASELINE
+from simquant.plans import BASELINE
 from simquant.parsing import flag, flag_fields, fraction, plain_settings
 
 

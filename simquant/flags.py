@@ -9,7 +9,8 @@ from functools import partial
 from typing import Any, ClassVar, TypeVar
 
 from simquant import parsing, processes
-from simquant.methods import BASELINE, METHODS, PROJECTIONS, Plan, Width
+from simquant.methods import METHODS
+from simquant.plans import BASELINE, PROJECTIONS, Plan, Width
 from simquant.parsing import flag, flag_fields, fraction
 from simquant.tables import USUAL
 

@@ -18,7 +18,7 @@ class Run:
     """One evaluation, and what is known of it so far.
 
     texts    {dataset: windows [N,T]}
-    rows     a simquant.methods.Row for every setting; the first is the unquantized model if others are compared with it
+    rows     a simquant.plans.Row for every setting; the first is the unquantized model if others are compared with it
     sites    all that the model caches
     context  tokens of the cache whose size is reported
     figures  {dataset: [N,S,len(FIGURES)]}, of which the first count[dataset] windows are measured

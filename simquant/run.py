@@ -19,7 +19,7 @@ from simquant.parsing import decisive, plain_settings
 
 if TYPE_CHECKING:
     from quant_utils import Setting
-    from simquant.methods import Row
+    from simquant.plans import Row
     from simquant.report import Run
     from simquant.report_file import ReportFile
     from simquant.sites import PlacedSite

@@ -11,7 +11,8 @@ from typing import NamedTuple
 import torch
 
 from quant_utils import UserError
-from simquant.methods import METHODS, Plan
+from simquant.methods import METHODS
+from simquant.plans import Plan
 
 DATA_FREE = {
     "plain": {},

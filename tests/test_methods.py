@@ -11,7 +11,8 @@ from torch import nn
 from quant_utils import Quantized, Quantizer, Site, UserError
 from simquant.calibrated_flags import CalibratedFlags
 from simquant.flags import Flags
-from simquant.methods import METHODS, Method, Plan, Width
+from simquant.methods import METHODS, Method
+from simquant.plans import Plan, Width
 
 LAYERS = 4
 SITES = [

@@ -9,7 +9,8 @@ from default_quantizers import CALIBRATED, CHANNELS, DATA_FREE, MATRIX, VARIANTS
 
 import quant_utils as qu
 from simquant import quantizer_file
-from simquant.methods import METHODS, Row
+from simquant.methods import METHODS
+from simquant.plans import Row
 from simquant.sites import find_sites
 
 every_row = pytest.mark.parametrize("plain", MATRIX.values(), ids=map(str, MATRIX))

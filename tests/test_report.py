@@ -30,7 +30,7 @@ import quant_utils
 from quant_utils import FIGURES, Site, UserError
 from simquant import memory, report, report_file, run, tables
 from simquant.flags import Flags
-from simquant.methods import Row
+from simquant.plans import Row
 from simquant.parsing import decisive
 
 TEXT = ("--datasets", SAMPLE, "--seqlen", "128", "--limit", "6")

@@ -39,7 +39,7 @@ import peers  # noqa: E402
 import quant_utils as qu  # noqa: E402
 from simquant import models, sites, speed, texts  # noqa: E402
 from simquant.flags import Flags  # noqa: E402
-from simquant.methods import BASELINE, Plan, Width  # noqa: E402
+from simquant.plans import BASELINE, Plan, Width  # noqa: E402
 
 NANO, SAMPLE = str(ROOT / "tests/assets/llama3-nano"), str(ROOT / "tests/assets/sample.txt")
 TOKENS, BITS, CHANNELS = 2048, (2, 3, 4, 8), (1024, 256, 128)

@@ -26,7 +26,7 @@ import peers  # noqa: E402
 
 import quant_utils as qu  # noqa: E402
 from simquant import memory, prefixes, processes, report, sites, speed  # noqa: E402
-from simquant.methods import BASELINE, Plan, Width  # noqa: E402
+from simquant.plans import BASELINE, Plan, Width  # noqa: E402
 from simquant.run import measure  # noqa: E402
 
 REPEATS, WINDOWS, SEQLEN, WIKITEXT2 = 9, 16, 2048, 141
