@@ -20,8 +20,8 @@ from simquant.calibrated_flags import CalibratedFlags, of_the_fit
 from simquant.endings import exit_status
 from simquant.flags import Flags, checked, parse, with_method
 from simquant.methods import METHODS
-from simquant.plans import PROJECTIONS
 from simquant.parsing import width_list
+from simquant.plans import PROJECTIONS
 
 EXAMPLES = """examples:
   %(prog)s meta-llama/Llama-3-8B --calibrate --abits 3 --nuq --fisher --include_sparse --quantizer_path nuq3.pkl

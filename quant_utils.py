@@ -120,7 +120,9 @@ class Site:
     name: str = field(compare=False)  # of the projection, such as model.layers.0.self_attn.k_proj
     module: nn.Module = field(compare=False, repr=False)
     channels: int = field(compare=False)  # C
-    tokens: int = field(default=1, compare=False, kw_only=True)  # that a long cache holds here: the weight of a layer
+    tokens: int = field(default=1, compare=False, kw_only=True)  # that a long cache holds here
+    head_dim: int = field(default=1, compare=False, kw_only=True)  # D, channels of a head
+    attention: nn.Module | None = field(default=None, compare=False, kw_only=True, repr=False)  # what reads the cache
 
     @property
     def key(self) -> tuple[int, str]:

@@ -8,8 +8,8 @@ from typing import Any
 
 from simquant import parsing
 from simquant.flags import Flags, QuantizationFlags, count
-from simquant.plans import BASELINE
 from simquant.parsing import flag, flag_fields, fraction, plain_settings
+from simquant.plans import BASELINE
 
 
 @dataclass(frozen=True)

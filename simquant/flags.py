@@ -10,8 +10,8 @@ from typing import Any, ClassVar, TypeVar
 
 from simquant import parsing, processes
 from simquant.methods import METHODS
-from simquant.plans import BASELINE, PROJECTIONS, Plan, Width
 from simquant.parsing import flag, flag_fields, fraction
+from simquant.plans import BASELINE, PROJECTIONS, Plan, Width
 from simquant.tables import USUAL
 
 on_output = partial(flag, decides=False, with_calibrate="refused")

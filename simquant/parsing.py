@@ -12,8 +12,8 @@ from dataclasses import Field, field, fields
 from typing import Any
 
 from simquant import processes
-from simquant.plans import BASELINE, PROJECTIONS, UNQUANTIZED, Width
 from simquant.notices import one_line
+from simquant.plans import BASELINE, PROJECTIONS, UNQUANTIZED, Width
 from simquant.tables import COLUMNS
 from simquant.text_names import C4_FROM, DATASETS, TEXT_FILES, files_read, text_label
 

@@ -11,6 +11,7 @@ from simquant.methods import METHODS
 if TYPE_CHECKING:
     from quant_utils import Quantizer, Setting, Site
 
+UNBOUND = "16"  # what --kv_format 16/q4_0 calls keys that are not quantized
 UNQUANTIZED = 16  # bits an entry of the cache that the others are compared with
 PROJECTIONS = {"k_proj": "keys", "v_proj": "values"}  # --perchannel's names, and what they are to the cache
 
@@ -34,9 +35,41 @@ class Width(NamedTuple):
 BASELINE = Width(UNQUANTIZED, UNQUANTIZED)
 
 
-class Row(NamedTuple):
-    """What a setting is called: its width, what it quantizes, and which layer if it is a single one."""
+class Pair(NamedTuple):
+    """What keys and values are quantized by: names in METHODS, or UNBOUND for a part that stays in 16 bits.
 
+    is_named  whether the command names it, and not a list that it is in: then it is an error if it does not fit
+    """
+
+    keys: str
+    values: str
+    is_named: bool = True
+
+    @property
+    def label(self) -> str:
+        """q8_0, or "q8_0/q4_0" where keys and values differ: what --kv_format takes, and what a row is called."""
+        return self.keys if self.keys == self.values else f"{self.keys}/{self.values}"
+
+    def of(self, part: str) -> str:
+        """Return the name for "keys" or "values"."""
+        return self.keys if part == "keys" else self.values
+
+    @property
+    def methods(self) -> list[str]:
+        """The names in METHODS, each once."""
+        return [name for name in dict.fromkeys(self[:2]) if name != UNBOUND]
+
+    def width(self, asked: Width) -> Width:
+        """Return the bits of keys and values, of those asked where a method leaves the choice."""
+        fixed = {part: METHODS[self.of(part)].format(part).options.get("bits") if self.of(part) != UNBOUND else 16
+                 for part in ("keys", "values")}  # fmt: skip
+        return Width(*(asked.of(part) if bits is None else bits for part, bits in fixed.items()))
+
+
+class Row(NamedTuple):
+    """What a setting is called: its format and width, what it quantizes, and which layer if it is a single one."""
+
+    format: str
     abits: int | str
     quantized: str
     layer: int | None = None
@@ -47,64 +80,110 @@ class Row(NamedTuple):
         return self.abits == UNQUANTIZED
 
     def __str__(self) -> str:
-        return f"abits {self.abits}, {self.quantized}"
+        return f"{self.format}, abits {self.abits}, {self.quantized}"
 
 
 @dataclass(frozen=True)
 class Plan:
     """What a command asks to quantize, before a model is there to say where.
 
-    method       a name in METHODS
-    widths       a setting for each
+    pairs        what keys and values are quantized by, for each format
+    widths       a setting for each, in every format that leaves the choice; 16 is the unquantized model
     axes         {"keys": "channel", "values": "token"}: which parts are quantized, and which entries share a range
-    options      {flag: (field of a quantizer, value)} for what is asked beyond the method's own choices
+    options      {flag: (field of a quantizer, value)} for what is asked beyond the methods' own choices
     skipped      layers that stay unquantized; negative ones count from the end
     attribution  whether the only width is also taken apart
     """
 
-    method: str
+    pairs: Sequence[Pair]
     widths: Sequence[Width]
     axes: Mapping[str, str]
     options: Mapping[str, tuple[str, Any]]
     skipped: Sequence[int] = ()
     attribution: bool = False
 
-    def quantizer(self, part: str, bits: int) -> Quantizer:
-        """Return what quantizes keys or values at that width, not fitted. UserError if the format lacks an option."""
+    def quantizer(self, name: str, part: str, bits: int, head_dim: int) -> Quantizer:
+        """Return what quantizes keys or values by a method, not fitted. UserError if it does not fit."""
         from quant_utils import UserError
 
-        method = METHODS[self.method]
-        cls = method.cls()
+        format = METHODS[name].format(part)
+        cls = format.cls()
         known = {each.name for each in fields(cls) if each.init}  # type: ignore[arg-type]
-        if missing := [flag for flag, (name, _) in self.options.items() if name not in known]:
-            raise UserError(f"{missing[0]} does not go with the method {self.method}")
-        asked = {"axis": self.axes[part], "bits": bits, **dict(self.options.values()), **method.options}
-        if self.axes[part] == "token":
+        if missing := [flag for flag, (field, _) in self.options.items() if field not in known]:
+            raise UserError(f"{missing[0]} does not go with the method {name}")
+        asked = {"axis": self.axes[part], "bits": bits, "head": head_dim, **format.options}
+        asked |= dict(self.options.values())
+        if asked["axis"] == "token":
             asked.pop("cap", None)  # it caps what has a calibrated range
-        return cls(**{name: value for name, value in asked.items() if name in known})
+        try:
+            return cls(**{name: value for name, value in asked.items() if name in known})
+        except UserError as error:
+            raise UserError(f"--kv_format {name}: {error}") from error
 
-    def skipped_layers(self, sites: Sequence[Site]) -> list[int]:
-        """Return the layers that stay unquantized, counted from 0."""
+    def skipped_layers(self, sites: Sequence[Site], own: Sequence[int] = ()) -> set[int]:
+        """Return the layers that stay unquantized, counted from 0; own are those that a method leaves out by itself."""
         from quant_utils import UserError
 
         layers = sorted({site.layer for site in sites})
-        if absent := [layer for layer in self.skipped if not -len(layers) <= layer < len(layers)]:
+        is_there = range(-len(layers), len(layers)).__contains__
+        if absent := [layer for layer in self.skipped if not is_there(layer)]:
             raise UserError(
                 f"--skip_layers {absent[0]} is not there: the model has {len(layers)} layers, counted from 0"
             )
-        return sorted({layers[layer] for layer in self.skipped})
+        return {layers[layer] for layer in [*self.skipped, *filter(is_there, own)]}
+
+    def setting(self, pair: Pair, width: Width, sites: Sequence[Site]) -> Setting:
+        """Return what one format quantizes in one width."""
+        parts = [part for part in self.axes if pair.of(part) != UNBOUND and width.of(part) < UNQUANTIZED]
+        skipped = {part: self.skipped_layers(sites, METHODS[pair.of(part)].skipped) for part in parts}
+        found = [site for site in sites if site.part in parts and site.layer not in skipped[site.part]]
+        heads = dict.fromkeys((site.part, site.head_dim) for site in found)
+        made = {(part, d): self.quantizer(pair.of(part), part, width.of(part), d) for part, d in heads}
+        return {site: made[site.part, site.head_dim] for site in found}
+
+    def cells(self) -> list[tuple[Pair, Width]]:
+        """Return all formats in all their widths, each once, the unquantized model left out."""
+        below = [width for width in self.widths if width != BASELINE]
+        return list(dict.fromkeys((pair, pair.width(width)) for pair in self.pairs for width in below or [BASELINE]))
 
     def settings(self, sites: Sequence[Site]) -> dict[Row, Setting]:
-        """Return {row: setting} for all widths, or for one width taken apart behind the unquantized model."""
-        rows: dict[Row, Setting] = {}
-        skipped = self.skipped_layers(sites)
-        for width in self.widths:
-            made = {part: self.quantizer(part, width.of(part)) for part in self.axes if width.of(part) < UNQUANTIZED}
-            setting = {s: made[s.part] for s in sites if s.part in made and s.layer not in skipped}
-            quantized = " and ".join(dict.fromkeys(site.part for site in setting)) or "nothing"
-            layers = f" except {'layers' if len(skipped) > 1 else 'layer'} {', '.join(map(str, skipped))}"
-            rows[Row(width.label, quantized + layers * bool(skipped and setting))] = setting
-        return attributed(rows) if self.attribution else rows
+        """Return {row: setting} for all formats and widths, or for one taken apart behind the unquantized model."""
+        return self.attempt(sites)[0]
+
+    def left_out(self, sites: Sequence[Site]) -> list[str]:
+        """Return why formats that the command does not name by themselves are left out."""
+        return self.attempt(sites)[1]
+
+    def attempt(self, sites: Sequence[Site]) -> tuple[dict[Row, Setting], list[str]]:
+        """Return (settings, why formats are left out). UserError for a format that the command names."""
+        from quant_utils import UserError
+
+        rows: dict[Row, Setting] = {Row("unquantized", UNQUANTIZED, "nothing"): {}} if BASELINE in self.widths else {}
+        reasons = []
+        for pair, width in self.cells():
+            if width == BASELINE:
+                continue
+            try:
+                setting = self.setting(pair, width, sites)
+            except UserError as error:
+                if pair.is_named:
+                    raise
+                reasons.append(str(error))
+            else:
+                rows[Row(pair.label, width.label, quantized_words(setting, sites))] = setting
+        return (attributed(rows) if self.attribution else rows), reasons
+
+
+def quantized_words(setting: Setting, sites: Sequence[Site]) -> str:
+    """Return "keys and values except layer 0", or what else of sites a setting quantizes."""
+    words: dict[str, str] = {}
+    for part in dict.fromkeys(site.part for site in setting):
+        layers = [site.layer for site in sites if site.part == part and site not in setting]
+        numbers = ", ".join(map(str, sorted(layers)))
+        words[part] = f" except {'layers' if len(layers) > 1 else 'layer'} {numbers}" if layers else ""
+    if len({*words.values()}) == 1:
+        return " and ".join(words) + next(iter(words.values()))
+    return ", ".join(part + skipped for part, skipped in words.items()) or "nothing"
 
 
 def attributed(rows: Mapping[Row, Setting]) -> dict[Row, Setting]:
@@ -112,8 +191,10 @@ def attributed(rows: Mapping[Row, Setting]) -> dict[Row, Setting]:
     *unquantized, (row, whole) = rows.items()
     made = dict(unquantized)
     for part in dict.fromkeys(site.part for site in whole):
-        made[Row(row.abits, part)] = {site: quantizer for site, quantizer in whole.items() if site.part == part}
+        made[row._replace(quantized=part)] = {site: quantizer for site, quantizer in whole.items() if site.part == part}
     made[row] = whole
     for layer in dict.fromkeys(site.layer for site in whole):
-        made[Row(row.abits, f"layer {layer}", layer)] = {s: q for s, q in whole.items() if s.layer == layer}
+        made[row._replace(quantized=f"layer {layer}", layer=layer)] = {
+            s: q for s, q in whole.items() if s.layer == layer
+        }
     return made

@@ -10,8 +10,8 @@ from conftest import ROOT, SAMPLE
 from simquant.calibrated_flags import CalibratedFlags, of_the_fit
 from simquant.flags import Flags, parse
 from simquant.methods import METHODS
-from simquant.plans import Width
 from simquant.parsing import as_markdown, decisive, flag_fields, plain_settings
+from simquant.plans import Width
 from simquant.tables import USUAL
 
 ON = (False, None, True)

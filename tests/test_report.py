@@ -30,8 +30,8 @@ import quant_utils
 from quant_utils import FIGURES, Site, UserError
 from simquant import memory, report, report_file, run, tables
 from simquant.flags import Flags
-from simquant.plans import Row
 from simquant.parsing import decisive
+from simquant.plans import Row
 
 TEXT = ("--datasets", SAMPLE, "--seqlen", "128", "--limit", "6")
 SWEEP = (*TEXT, "--abits", "16,4,2", "--include_sparse", "--batch_size", "2")
