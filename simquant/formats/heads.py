@@ -62,7 +62,7 @@ class HeadQuantizer(Quantizer):
                 f"no heads of {self.head} channels in {self.bits} bits, {self.sinks} sinks, {self.recent} recent"
             )
         if self.window not in WINDOWS or self.transform not in (None, *TRANSFORMS):
-            raise UserError(f"no window {str(self.window)[:40]!r} and transform {str(self.transform)[:40]!r}")
+            raise UserError(f"there is no window {str(self.window)[:40]!r} and transform {str(self.transform)[:40]!r}")
         if self.transform is not None:
             size = math.gcd(self.head, 2 ** int(math.log2(self.span or 1)))
             matrix = TRANSFORMS[self.transform](size)
