@@ -12,16 +12,11 @@ signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while libraries load ends
 
 import shlex
 import sys
-from argparse import ArgumentTypeError
-from dataclasses import replace
 
-from simquant import processes, run
+from simquant import processes, run, stored
 from simquant.calibrated_flags import CalibratedFlags, of_the_fit
 from simquant.endings import exit_status
-from simquant.flags import Flags, checked, parse, with_method
-from simquant.methods import METHODS
-from simquant.parsing import width_list
-from simquant.plans import PROJECTIONS
+from simquant.flags import Flags, parse
 
 EXAMPLES = """examples:
   %(prog)s meta-llama/Llama-3-8B --calibrate --abits 3 --nuq --fisher --include_sparse --quantizer_path nuq3.pkl
@@ -32,44 +27,6 @@ EXAMPLES = """examples:
 
 SHARED = ("revision", "dtype", "device", "attn_implementation", "text_column", "bos")  # with an evaluation of the fit
 QUANTIZER_FILES = (b"PK", b"\x80")  # how they begin: ours is a zip archive, KVQuant's a pickle
-
-
-def is_alike(name: str, usual: object, value: object) -> bool:
-    """Return whether a flag's value in a file is one that the flag can have, or of its default's type."""
-    if name == "kv_format":
-        return value in list(METHODS)
-    if name in ("perchannel", "pertoken"):
-        return isinstance(value, list) and all(each in list(PROJECTIONS) for each in value)
-    if isinstance(usual, list):
-        kinds = (int, str) if name == "abits" else (int,)
-        return isinstance(value, list) and all(type(each) in kinds for each in value)
-    return type(value) is type(usual) or (usual is None and type(value) is float)
-
-
-def with_stored(flags: CalibratedFlags, given: dict, stored: dict) -> CalibratedFlags:
-    """Return flags with what the command line leaves out as the quantizer file says it. An error if they contradict."""
-    path, usual = flags.quantizer_path, of_the_fit(CalibratedFlags(model=flags.model))
-    for name, value in stored.items():
-        if name not in usual or not is_alike(name, usual[name], value):
-            raise ArgumentTypeError(
-                f"quantizer file {path!r}: its {name} is {str(value)[:40]!r}, which is not known here"
-            )
-    stored = {name: tuple(value) if isinstance(value, list) else value for name, value in stored.items()}
-    stored |= with_method(CalibratedFlags, {name: True for name in ("nf", "nuq") if stored.get(name)})  # version 2
-    if "abits" in stored:
-        stored["abits"] = width_list(",".join(map(str, stored["abits"])))
-        for part in ("keys", "values"):
-            has = {width.of(part) for width in stored["abits"]}
-            if lacks := {width.of(part) for width in given.get("abits", ())} - has - {16}:
-                known, lacking = (" and ".join(map(str, sorted(each, reverse=True))) for each in (has, lacks))
-                raise ArgumentTypeError(f"--abits: {path!r} has {part} of {known} bits, and not of {lacking}")
-    elif "abits" not in given:
-        raise ArgumentTypeError(f"{path!r} does not say how many bits it is for: give --abits")
-    for name in (name for name in stored if name in given and name not in ("abits", "skip_layers")):
-        if given[name] != stored[name]:
-            sides = f"{given[name]} on the command line contradicts {stored[name]} in {path!r}"
-            raise ArgumentTypeError(f"--{name}: {sides}; leave the flag out, or calibrate again")
-    return checked(replace(flags, **(stored | given)), given)
 
 
 def fit(flags: CalibratedFlags, model, windows) -> tuple[dict, dict]:
@@ -86,7 +43,7 @@ def fit(flags: CalibratedFlags, model, windows) -> tuple[dict, dict]:
     with memory.checkpointing_if_short(model, flags.seqlen):
         if flags.fisher and processes.count() > 1:
             mine, whole = windows[processes.index() :: processes.count()], next(iter(settings.values()))
-            gradients = processes.interleave(qu.record(model, whole, mine, gradients=True))
+            gradients = processes.interleave(qu.record(model, qu.places_of(whole), mine, gradients=True))
         return qu.calibrate(model, windows, settings, gradients, on_fit), fits
 
 
@@ -151,13 +108,9 @@ def main() -> None:
     flags, given = parse(CalibratedFlags, __doc__, EXAMPLES)
     if flags.calibrate:
         calibrate(flags, given)
-    elif flags.quantizer_path is None:
-        run.evaluate(flags, given)
     else:
-        from simquant import quantizer_file
-
-        stored = quantizer_file.load(flags.quantizer_path)
-        run.evaluate(with_stored(flags, given, stored["settings"]), given, stored)
+        flags, sources = stored.sources_of(flags, given)
+        run.evaluate(flags, given, sources)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ import copy
 import functools
 import math
 from collections import deque
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, TypeVar
@@ -40,6 +40,7 @@ class Quantized(NamedTuple):
 
     values: Tensor  # [B,T,C]
     outliers: Tensor | None = None  # bool [B,T,C], the entries that stay exact as outliers; None where there are none
+    clipped: Tensor | None = None  # bool [B,T,C], the entries that a cast clipped; None where nobody counts them
 
 
 # Which tokens j a query t sees exact in a residual window of r tokens, both counted behind the sinks: the latest r with
@@ -107,6 +108,9 @@ class Quantizer:
         return moved
 
 
+CONTEXT = 131072  # tokens of the cache whose bits are counted, unless it is said otherwise
+
+
 @dataclass(frozen=True)
 class Site:
     """The keys or the values of one layer on their way into the cache: the output of a module, [B,T,C].
@@ -120,9 +124,9 @@ class Site:
     name: str = field(compare=False)  # of the projection, such as model.layers.0.self_attn.k_proj
     module: nn.Module = field(compare=False, repr=False)
     channels: int = field(compare=False)  # C
-    tokens: int = field(default=1, compare=False, kw_only=True)  # that a long cache holds here
+    tokens: int = field(default=CONTEXT, compare=False, kw_only=True)  # that a cache of the reported size holds here
     head_dim: int = field(default=1, compare=False, kw_only=True)  # D, channels of a head
-    attention: nn.Module | None = field(default=None, compare=False, kw_only=True, repr=False)  # what reads the cache
+    readers: tuple[nn.Module, ...] = field(default=(), compare=False, kw_only=True, repr=False)  # attention layers
 
     @property
     def key(self) -> tuple[int, str]:
@@ -141,6 +145,10 @@ class Site:
     def write(self, out: Tensor, x: Tensor) -> Tensor:
         """Return the module's output with x [B,T,C] in place of what read gives."""
         return x
+
+    def put_before(self, out: Tensor, x: Tensor) -> Tensor:
+        """Return the module's output with x [B,T,C] as further heads before its own."""
+        return torch.cat([x, out], -1)
 
 
 Setting = Mapping[Site, Quantizer]  # what is quantized, and how; {} is the unquantized model
@@ -346,6 +354,7 @@ class ScalarQuantizer(Quantizer):
     outliers      fraction that stays exact, half in each tail (dense-and-sparse, section 3.4); None for none
     cap           at most this fraction of a token stays exact, the most extreme; it needs a calibrated range
     sinks         leading tokens that stay exact, and that no range or quantile sees
+    recent        latest tokens that stay exact; it needs ranges of tokens, or calibrated ones
     integer_zero  round the zero point of uniform levels, as integer kernels do
     q_norm        let fit move what levels decode to, so that inliers keep their mean and deviation (Q-Norm)
     fisher        let fit weigh entries by Fisher information F: "paper", by F times the squared range, because the
@@ -361,6 +370,7 @@ class ScalarQuantizer(Quantizer):
     outliers: float | None = None
     cap: float | None = None
     sinks: int = 0
+    recent: int = 0
     integer_zero: bool = False
     q_norm: bool = False
     fisher: str | None = None
@@ -416,16 +426,18 @@ class ScalarQuantizer(Quantizer):
             raise ValueError(f"quantize takes [batch, tokens, channels], got a tensor of shape {tuple(x.shape)}")
         if x[:, self.sinks :].numel() == 0:
             return Quantized(x)
+        if self.recent and self.axis == "channel" and self.lo is None:
+            raise UserError("a range of the whole window would see the tokens that the residual window keeps out of it")
         keep, lo, hi = self.keep_and_range(x, self.sinks)
         is_sink = torch.arange(x.shape[1], device=x.device)[:, None] < self.sinks  # [T,1]
         values = stored(snap(x, keep | is_sink, lo, hi, self.codebook, self.decoded))
         return Quantized(values, None if self.outliers is None else keep & ~is_sink)
 
     def cost(self, tokens: int, channels: int) -> float:
-        """See Quantizer. A sink takes 16 bits an entry, a range of this window two fp16 numbers."""
-        sinks = min(self.sinks, tokens)
-        ranges = 0 if self.lo is not None else channels if self.axis == "channel" else tokens - sinks
-        return 16 * sinks * channels + self.bits * (tokens - sinks) * channels + 32 * ranges
+        """See Quantizer. What stays exact takes 16 bits an entry, a range of this window two fp16 numbers."""
+        quantized = self.quantized_tokens(tokens)
+        ranges = 0 if self.lo is not None else channels if self.axis == "channel" else quantized
+        return channels * (16 * (tokens - quantized) + self.bits * quantized) + 32 * ranges * (quantized > 0)
 
     def fit(self, x: Tensor, grad: Tensor | None, taps: Mapping[tuple[int, str], Tap]) -> ScalarQuantizer:
         """See Quantizer. Per channel the range is calibrated, per token it stays dynamic; NUQ levels are fitted.
@@ -471,6 +483,8 @@ class ScalarQuantizer(Quantizer):
             parts.append("Q-Norm")
         if self.sinks:
             parts.append(f"first {self.sinks} tokens exact" if self.sinks > 1 else "first token exact")
+        if self.recent:
+            parts.append(f"latest {self.recent} tokens exact")
         return ", ".join(parts)
 
 
@@ -504,6 +518,7 @@ SOUND: dict[str, Callable[[ScalarQuantizer], bool]] = {  # what the constructor 
     "outliers": lambda q: q.outliers is None or is_number(q.outliers, 0, 1),
     "cap": lambda q: q.cap is None or (is_number(q.cap, 0, 1) and q.outliers is not None),
     "sinks": lambda q: type(q.sinks) is int and q.sinks >= 0,
+    "recent": lambda q: type(q.recent) is int and q.recent >= 0,
     "integer_zero": lambda q: q.integer_zero is False or (q.integer_zero is True and q.levels == "uniform"),
     "q_norm": lambda q: type(q.q_norm) is bool,
     "fisher": lambda q: q.fisher in (None, "paper", "code"),
@@ -521,7 +536,8 @@ class Tap:
     """A quantizer at its site while a model runs, with what the latest forward pass gave.
 
     taps      all of the setting, by (layer, part)
-    outliers  [B,T] how many entries of a token stayed exact; None where none do
+    outliers  [B] how many entries stayed exact; None where none do
+    clipped   [B] the share of entries that a cast clipped; None where that is not counted
     values    [B,T,C] what the cache gave back, kept only if it is_source of another quantizer
     """
 
@@ -530,14 +546,41 @@ class Tap:
     taps: Mapping[tuple[int, str], Tap]
     is_source: bool = False
     outliers: Tensor | None = None
+    clipped: Tensor | None = None
     values: Tensor | None = None
 
-    def quantize(self, x: Tensor) -> Tensor:
+    @property
+    def window(self) -> tuple[str, int, int] | None:
+        """(rule, tokens, sinks) of the residual window; None where there is none."""
+        each = self.quantizer
+        return (each.window, each.recent, each.sinks) if each.recent else None
+
+    @property
+    def at_cache(self) -> bool:
+        """Whether it sits where attention reads. Values are the same there, and a window needs both kinds of them."""
+        return self.quantizer.after_rope or (self.window is not None and self.site.part == "values")
+
+    def pass_on(self, x: Tensor) -> Tensor:
         """Return x [B,T,C] as the cache gives it back, and remember what there is to remember."""
         given = self.quantizer.quantize(x, self.taps)
-        self.outliers = None if given.outliers is None else given.outliers.sum(-1)
+        self.outliers = None if given.outliers is None else given.outliers.sum((1, 2))
+        self.clipped = None if given.clipped is None else given.clipped.float().mean((1, 2))
         self.values = given.values if self.is_source else None
         return given.values
+
+
+@dataclass(eq=False)
+class Probe:
+    """A tap that only looks at what passes by: look(site, x [B,T,C]) returns what goes on."""
+
+    site: Site
+    at_cache: bool
+    look: Callable[[Site, Tensor], Tensor]
+    window: tuple[str, int, int] | None = None
+
+    def pass_on(self, x: Tensor) -> Tensor:
+        """Return what look returns."""
+        return self.look(self.site, x)
 
 
 def make_taps(setting: Setting) -> dict[tuple[int, str], Tap]:
@@ -549,11 +592,37 @@ def make_taps(setting: Setting) -> dict[tuple[int, str], Tap]:
     return taps
 
 
-def quantize_output(module: Any, args: tuple, out: Tensor) -> Tensor:
+def pass_output(module: Any, args: tuple, out: Tensor) -> Tensor:
     """Forward hook. All that differs between layers hangs on the module: one compiled graph serves every layer."""
     for tap in module.kv_taps:
-        out = tap.site.write(out, tap.quantize(tap.site.read(out)))
+        x = tap.pass_on(tap.site.read(out))
+        out = tap.site.write(out, x) if tap.window is None else tap.site.put_before(out, x)
     return out
+
+
+@contextmanager
+def hung(taps: Iterable[Tap | Probe]) -> Iterator[None]:
+    """Let keys and values pass through taps, inside the block: at a module's output, or where attention reads them.
+
+    Keys that are quantized before RoPE and have a residual window pass both: the module puts their quantized heads
+    before the exact ones, and simquant/attention.py, which asks every attention for its cache_taps, tells them apart.
+    """
+    at: dict[str, dict[nn.Module, list]] = {"kv_taps": {}, "cache_taps": {}}
+    for tap in taps:
+        if not tap.at_cache:
+            at["kv_taps"].setdefault(tap.site.module, []).append(tap)
+        for reader in tap.site.readers if tap.at_cache or tap.window else ():
+            at["cache_taps"].setdefault(reader, []).append(tap)
+    try:
+        for name, modules in at.items():
+            for module, mine in modules.items():
+                setattr(module, name, mine)
+        with hooked((module, pass_output) for module in at["kv_taps"]):
+            yield
+    finally:
+        for name, modules in at.items():
+            for module in modules:
+                vars(module).pop(name, None)
 
 
 @contextmanager
@@ -563,18 +632,11 @@ def quantized(setting: Setting) -> Iterator[dict[tuple[int, str], Tap]]:
     Yields its taps, by (layer, part). Taps and hooks are gone afterwards, whatever happens inside.
     """
     taps = make_taps(setting)
-    modules: dict[nn.Module, list[Tap]] = {}
-    for tap in taps.values():
-        modules.setdefault(tap.site.module, []).append(tap)
     try:
-        for module, mine in modules.items():
-            module.kv_taps = mine  # type: ignore[assignment]
-        with hooked((module, quantize_output) for module in modules):
+        with hung(taps.values()):
             yield taps
     finally:
         taps.clear()  # each tap holds all, and so itself: what they remember would stay until the next collection
-        for module in modules:
-            vars(module).pop("kv_taps", None)
 
 
 Hook = Callable[[Any, tuple, Any], Any]
@@ -622,27 +684,28 @@ def progress(label: str, items: Iterable | None = None, total: int | None = None
     return tqdm(items, desc=label, total=total, initial=initial, unit="window", leave=False, **PROGRESS)
 
 
-def record(model, sites: Iterable[Site], windows: Tensor, gradients: bool = False) -> dict[Site, Tensor]:
+def record(model, places: Mapping[Site, bool], windows: Tensor, gradients: bool = False) -> dict[Site, Tensor]:
     """Return {site: [N,T,C]}, what passes by over windows [N,T], in host memory and the model's dtype.
 
-    With gradients, it is the gradient there of each window's total next-token loss (a total, not a mean, so that fp16
-    does not underflow). No parameter needs one: the first site starts the graph. What never comes stays nan.
+    places tell of each site whether it is where attention reads, after RoPE. With gradients, it is the gradient there
+    of each window's total next-token loss (a total, not a mean, so that fp16 does not underflow). No parameter needs
+    one: the first site starts the graph. What never comes stays nan.
     """
     blank = torch.tensor(math.nan, dtype=model.dtype)
-    seen = {site: blank.repeat(*windows.shape, site.channels) for site in sites}
+    seen = {site: blank.repeat(*windows.shape, site.channels) for site in places}
 
-    def keep(site: Site, out: Tensor) -> None:
-        seen[site][number].copy_(site.read(out)[0])
+    def keep(site: Site, x: Tensor) -> None:
+        seen[site][number].copy_(x[0])
 
-    def watch(module: Any, args: tuple, out: Tensor, site: Site) -> Tensor:
+    def look(site: Site, x: Tensor) -> Tensor:
         if not gradients:
-            keep(site, out)
-            return out
-        out = out if out.requires_grad else out.detach().requires_grad_()
-        out.register_hook(functools.partial(keep, site))
-        return out
+            keep(site, x)
+            return x
+        x = x if x.requires_grad else x.detach().requires_grad_()
+        x.register_hook(functools.partial(keep, site))
+        return x
 
-    watched = hooked((site.module, functools.partial(watch, site=site)) for site in seen)
+    watched = hung(Probe(site, at_cache, look) for site, at_cache in places.items())
     with torch.inference_mode(not gradients), torch.set_grad_enabled(gradients), watched:
         label = "Fisher information" if gradients else "activations"
         for number, ids in enumerate(progress(label, windows)):  # noqa: B007, keep reads number
@@ -653,6 +716,11 @@ def record(model, sites: Iterable[Site], windows: Tensor, gradients: bool = Fals
             logits = model(input_ids=ids, use_cache=False).logits[0, :-1]
             F.cross_entropy(logits.float(), ids[0, 1:].to(logits.device), reduction="sum").backward()
     return seen
+
+
+def places_of(*settings: Setting) -> dict[Site, bool]:
+    """Return {site of any setting: whether its quantizer is where attention reads}."""
+    return {site: quantizer.after_rope for setting in settings for site, quantizer in setting.items()}
 
 
 def advice_on_overflow(model) -> str:
@@ -669,12 +737,14 @@ def calibrate(
     Activations and gradients wait in host memory and are fitted one site at a time on its own device. gradients are
     recorded here, unless they are given. on_fit(label, site, quantizer, x [N,T,C], given back) hears of each fit.
     """
-    sites = list(dict.fromkeys(site for setting in settings.values() for site in setting))
-    needing = [s for s in sites if any(setting[s].needs_gradient for setting in settings.values() if s in setting)]
-    activations = record(model, sites, windows)
+    places = places_of(*settings.values())
+    needing = {
+        s: at for s, at in places.items() if any(each[s].needs_gradient for each in settings.values() if s in each)
+    }
+    activations = record(model, places, windows)
     gradients = record(model, needing, windows, gradients=True) if needing and gradients is None else gradients or {}
     taps = {label: make_taps(setting) for label, setting in settings.items()}
-    for site in sites:
+    for site in places:
         x = activations[site].to(site.device)
         grad = gradients[site].to(x.device) if site in gradients else None
         if not x.isfinite().all():
@@ -725,7 +795,7 @@ def agreement(log_probs: Tensor, targets: Tensor, reference: Reference) -> Tenso
 
 
 STATISTICS: dict[str, Callable] = {"nll": loss, "kl": divergence, "top1_agreement": agreement}  # one more is one row
-FIGURES = (*STATISTICS, "key_bits", "value_bits")  # of a window: means over predicted tokens, average bits an entry
+FIGURES = (*STATISTICS, "key_bits", "value_bits", "saturation")  # of a window: means over its tokens, or its entries
 PARTS = ("keys", "values")  # of a cache
 HEAD_TOKENS = 256  # whose logits exist at a time: 125 MiB in fp32 for 128,256 words
 
@@ -781,21 +851,25 @@ def mean_statistics(model, ids: Tensor, outputs: Sequence, is_paired: bool) -> T
 OUTLIER_BITS = 32  # on top of its place among the quantized: a 16-bit value and a 16-bit index
 
 
-def average_bits(sites: Sequence[Site], setting: Setting, taps: Iterable[Tap], blank: Tensor) -> Tensor:
-    """Return [2,B] bits an entry in all keys and all values of blank [B,T] windows; nan where a model has none.
+def storage(sites: Sequence[Site], setting: Setting, taps: Collection[Tap], ids: Tensor) -> Tensor:
+    """Return [3,B] of windows ids [B,T]: bits an entry of all keys, and of all values; the share that casts clipped.
 
-    Outliers are counted as the taps saw them. What is not quantized takes 16 bits. Layers weigh by what they store.
+    Bits are those of a cache of site.tokens tokens, in which outliers are as frequent as the taps saw them. What is not
+    quantized takes 16 bits. Layers weigh by what they store. nan where a model has no such part, or nobody counts.
     """
-    tokens, rows = blank.shape[1], []
-    for part in PARTS:
-        held, fixed = {site: site.tokens for site in sites if site.part == part}, 0.0
-        for site, n in held.items():
-            fixed += n * (setting[site].cost(tokens, site.channels) if site in setting else 16 * tokens * site.channels)
-        counts = [held[t.site] * t.outliers.to(blank.device) for t in taps if t.site in held and t.outliers is not None]
-        outliers = torch.stack([blank, *counts]).sum((0, -1)).double()
-        entries = tokens * sum(n * site.channels for site, n in held.items())
-        rows.append((fixed + OUTLIER_BITS * outliers) / (entries or math.nan))
-    return torch.stack(rows)
+    blank = torch.zeros(len(ids), dtype=torch.float64, device=ids.device)
+    bits, entries = {part: blank.clone() for part in PARTS}, dict.fromkeys(PARTS, 0)
+    for site in sites:
+        whole = 16 * site.tokens * site.channels
+        bits[site.part] += setting[site].cost(site.tokens, site.channels) if site in setting else whole
+        entries[site.part] += site.tokens * site.channels
+    for tap in taps:
+        if tap.outliers is not None:
+            times = tap.quantizer.quantized_tokens(tap.site.tokens) / (ids.shape[1] - tap.quantizer.sinks)
+            bits[tap.site.part] += OUTLIER_BITS * times * tap.outliers.to(blank)
+    clipped = [tap.clipped.to(blank) for tap in taps if tap.clipped is not None]
+    saturation = torch.stack(clipped).mean(0) if clipped else blank + math.nan
+    return torch.stack([*(bits[part] / (entries[part] or math.nan) for part in PARTS), saturation])
 
 
 # -- 7. The perplexity loop
@@ -819,7 +893,7 @@ def start_batch(model, sites: Sequence[Site], ids: Tensor, settings: Sequence[Se
     for setting in settings:
         with quantized(setting) as taps:
             output = run_body(model, ids, setting)
-            bits.append(average_bits(sites, setting, taps.values(), torch.zeros_like(ids)))
+            bits.append(storage(sites, setting, taps.values(), ids))
         outputs.append(type(output)(last_hidden_state=output.last_hidden_state))  # whatever else it holds may go
     means = mean_statistics(model, ids, outputs, is_paired=len(settings) > 1 and not settings[0])
     figures = torch.cat([means, torch.stack(bits)], dim=1).permute(2, 0, 1).to("cpu", non_blocking=True)

@@ -3,14 +3,26 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from quant_utils import Site, UserError, dtype_name, hooked, input_device
+from quant_utils import (
+    Probe,
+    Setting,
+    Site,
+    UserError,
+    dtype_name,
+    hooked,
+    hung,
+    input_device,
+    make_taps,
+    on_device,
+    quantized,
+)
 from simquant.notices import is_out_of_memory
 from simquant.sites import PlacedSite, attention_layers, projections
 
@@ -33,12 +45,16 @@ def check_sites(model, sites: Sequence[Site]) -> None:
         raise UserError(f"{kind} normalizes queries and keys alike (qk_norm): this family is not supported yet")
 
 
+def few_tokens(model, sites: Sequence[Site]) -> Tensor:
+    """Return ids [1,T], T small and dividing no C, so that their axis cannot be taken for one of heads."""
+    tokens = next(count for count in range(4, 99) if all(site.channels % count for site in sites))
+    ids = torch.arange(5, 5 + tokens, device=input_device(model))[None]  # padding, embedded as zeros, comes before
+    return ids % model.config.get_text_config().vocab_size
+
+
 @torch.inference_mode()
 def run_once(model, sites: Sequence[PlacedSite]) -> tuple[dict[Site, Tensor], set[Site], Sequence]:
-    """Return ({site: [T,C] that it gives}, sites with something between projection and norm, the cache's layers).
-
-    The tokens are few, and T divides no C, so that their axis cannot be taken for one of heads.
-    """
+    """Return ({site: [T,C] that it gives}, sites with something between projection and norm, the cache's layers)."""
     given, came, changed = dict[Site, Tensor](), dict[nn.Module, Tensor](), set[Site]()
 
     def watch(module: Any, args: tuple, out: Tensor, site: PlacedSite) -> None:
@@ -50,9 +66,7 @@ def run_once(model, sites: Sequence[PlacedSite]) -> tuple[dict[Site, Tensor], se
     def remember(module: Any, args: tuple, out: Tensor) -> None:
         came[module] = out
 
-    tokens = next(count for count in range(4, 99) if all(site.channels % count for site in sites))
-    ids = torch.arange(5, 5 + tokens, device=input_device(model))[None]  # padding, embedded as zeros, comes before
-    ids %= model.config.get_text_config().vocab_size
+    ids = few_tokens(model, sites)
     hooks = [(site.projection, remember) for site in sites if site.place.block is None]
     with hooked([*hooks, *((site.module, partial(watch, site=site)) for site in sites)]):
         output = model.get_decoder()(input_ids=ids, use_cache=True)
@@ -102,3 +116,42 @@ def is_same(part: str, given: Tensor, held: Tensor, dtype: torch.dtype) -> bool:
         given, held = given[0], held[0]
         given = given * ((given * held).sum() / given.square().sum().clamp(min=1e-300))
     return bool(((given - held).abs() <= 8 * torch.finfo(dtype).eps * held.abs().amax()).all())
+
+
+@torch.inference_mode()
+def check_attention(model, settings: Iterable[Setting]) -> None:
+    """Raise UserError unless attention reads what the cache holds, at each site where a setting quantizes that.
+
+    Keys that are quantized before RoPE and have a residual window double the heads, which not every family lets happen.
+    """
+    taps = [tap for setting in settings for tap in make_taps(on_device(setting)).values()]
+    if read := {tap.site for tap in taps if tap.at_cache}:
+        check_readers(model, list(read))
+    for site, tap in {tap.site: tap for tap in taps if tap.window and not tap.at_cache}.items():
+        try:
+            with quantized({site: tap.quantizer}):
+                model.get_decoder()(input_ids=few_tokens(model, [site]), use_cache=False)
+        except RuntimeError as error:
+            raise UserError(f"{type(model).__name__}: --recent does not go with its keys before RoPE") from error
+
+
+def check_readers(model, sites: Sequence[Site]) -> None:
+    """Raise UserError unless attention reads, at every site, what the cache holds."""
+    kind, seen = type(model).__name__, dict[Site, list[Tensor]]()
+
+    def look(site: Site, x: Tensor) -> Tensor:
+        seen.setdefault(site, []).append(x[0])
+        return x
+
+    with hung(Probe(site, True, look) for site in sites):
+        output = model.get_decoder()(input_ids=few_tokens(model, sites), use_cache=True)
+    layers = next(each.layers for each in output.values() if hasattr(each, "layers"))
+    for site in sites:
+        if len(seen.get(site, ())) != len(site.readers):
+            reason = "does not attend through transformers' AttentionInterface"
+            raise UserError(f"{kind} {reason}: its cache can be quantized before RoPE only")
+        held = getattr(layers[site.layer], site.part)[0].transpose(0, 1)
+        if held.shape[-1] != site.head_dim or any(not torch.equal(x, held.flatten(1)) for x in seen[site]):
+            raise UserError(
+                f"{kind} attends to other {site.part} than it caches: they can be quantized before RoPE only"
+            )

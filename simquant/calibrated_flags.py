@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from simquant import parsing
 from simquant.flags import Flags, QuantizationFlags, count
+from simquant.methods import METHODS
 from simquant.parsing import flag, flag_fields, fraction, plain_settings
-from simquant.plans import BASELINE
+from simquant.plans import BASELINE, Plan
 
 
 @dataclass(frozen=True)
@@ -17,7 +19,10 @@ class CalibrationFlags:
     """calibration"""
 
     calibrate: bool = flag(False, "fit quantizers and save them; without it, evaluate saved ones", decides=False)
-    quantizer_path: str | None = flag(None, "the quantizer file, ours or KVQuant's own", decides=False, metavar="FILE")
+    quantizer_path: str | None = flag(
+        None, "the quantizer file, ours or KVQuant's own; an evaluation takes a comma list", decides=False,
+        metavar="FILE",
+    )  # fmt: skip
     export_kvquant: str | None = flag(None, "also write the quantizers as KVQuant does", decides=False, metavar="FILE")
     nuq: bool = flag(False, "short for --kv_format nuq: levels fitted by k-means (KVQuant)")
     fisher: bool = flag(False, "with --nuq, weigh the fit by Fisher information")
@@ -47,9 +52,15 @@ class CalibratedFlags(CalibrationFlags, Flags):
         }  # fmt: skip
         return misplaced | super().refusals(given) | {
             "--fisher weighs the fit of a NUQ codebook: add --nuq, or leave it out":
-                self.fisher and self.kv_format != "nuq",
-            f"--clamp rounds the zero point of uniform levels, and {self.kv_format} has none":
-                self.clamp and self.kv_format != "uniform",
+                self.fisher and "nuq" not in self.methods(),
+            f"--clamp rounds the zero point of uniform levels, and {', '.join(self.methods())} has none":
+                self.clamp and "uniform" not in self.methods(),
+            "--calibrate fits one method: name one in --kv_format":
+                self.calibrate and len(self.kv_format) != 1,
+            f"--calibrate has nothing to fit: {', '.join(self.methods())} needs no data":
+                self.calibrate and self.quantizes() and all(
+                    pair.is_fixed and not any(METHODS[name].calibrated for name in pair.methods) for pair in self.kv_format
+                ),
             "--cap_outliers caps nothing without --include_sparse and --perchannel":
                 self.cap_outliers is not None and not (self.include_sparse and self.perchannel),
             "--export_kvquant writes one width: give one in --abits":
@@ -57,8 +68,23 @@ class CalibratedFlags(CalibrationFlags, Flags):
             "--calibrate has nothing to fit at 16 bits: leave it out of --abits":
                 self.calibrate and BASELINE in self.abits,
             "--quantizer_path FILE is missing: where --calibrate saves to, or saved to":
-                self.quantizer_path is None and (self.calibrate or self.quantizes()),
+                self.quantizer_path is None and (self.calibrate or (self.quantizes() and self.needs_file())),
         }  # fmt: skip
+
+    @property
+    def quantizer_files(self) -> tuple[str, ...]:
+        """The files that --quantizer_path names: several between commas."""
+        path = self.quantizer_path
+        return () if path is None else (path,) if os.path.exists(path) else tuple(path.split(","))
+
+    def needs_file(self) -> bool:
+        """Return whether no format of the list does without a fit, or one that the command names cannot."""
+        fitted = [name for pair in self.kv_format if pair.is_named for name in pair.methods if METHODS[name].calibrated]
+        return bool(fitted) or not any(pair.is_fixed for pair in self.kv_format)
+
+    def plan(self) -> Plan:
+        """See Flags."""
+        return replace(super().plan(), is_calibrated=True)
 
     def options(self) -> dict[str, tuple[str, Any]]:
         """See Flags."""

@@ -11,7 +11,7 @@ from typing import Any, ClassVar, TypeVar
 from simquant import parsing, processes
 from simquant.methods import METHODS
 from simquant.parsing import flag, flag_fields, fraction
-from simquant.plans import BASELINE, PROJECTIONS, Plan, Width
+from simquant.plans import BASELINE, PROJECTIONS, Pair, Plan, Width
 from simquant.tables import USUAL
 
 on_output = partial(flag, decides=False, with_calibrate="refused")
@@ -53,7 +53,12 @@ class QuantizationFlags:
         (Width(4, 4),), "bits an entry: 2 to 8, 16 for no quantization, 4/2 for keys/values; a comma list measures all",
         parsing.width_list, metavar="BITS",
     )  # fmt: skip
-    kv_format: str = flag("uniform", "the method, by its name in the README", tuple(METHODS), metavar="NAME")
+    kv_format: tuple[Pair, ...] = flag(
+        (Pair("uniform", "uniform"),),
+        f"comma list of methods by their names in the README, K/V pairs such as q8_0/q4_0 or 16/q4_0, "
+        f"{', '.join(parsing.FAMILIES)}, all; several are compared with the unquantized model",
+        parsing.format_list, metavar="LIST",
+    )  # fmt: skip
     nf: bool = flag(False, "short for --kv_format nf: NormalFloat levels instead of uniform ones")
     perchannel: tuple[str, ...] = listed(("k_proj",), "which of k_proj and v_proj have one scale per channel")
     pertoken: tuple[str, ...] = listed(("v_proj",), "which of k_proj and v_proj have one scale per token")
@@ -62,10 +67,15 @@ class QuantizationFlags:
     first_few_fp16: int = flag(
         -1, "leading tokens of every window kept exact (attention sinks); -1: none", count(least=-1), metavar="N"
     )
+    recent: int | None = on_text(
+        None, "latest tokens that a query sees exact (residual window); none: as the method has it",
+        count(least=0), metavar="N",
+    )  # fmt: skip
     skip_layers: tuple[int, ...] = flag(
         (), "layers that stay unquantized; -1 is the last", parsing.layer_list, metavar="LIST"
     )
     baseline: bool = on_output(False, "as if 16 stood in --abits: compare with the unquantized model", decides=True)
+    saturation: bool = on_text(False, "count the share of entries that fp8 casts clip")
     attribution: bool = on_output(
         False, "with one width, also quantize keys only, values only, and one layer at a time", decides=True
     )
@@ -100,6 +110,9 @@ class OutputFlags:
     )
     resume: bool = on_output(False, "go on with the interrupted run whose JSON --output names")
     overwrite: bool = flag(False, "replace what an output file holds, even figures of an unfinished run", decides=False)
+    sort: str | None = on_output(
+        None, "order of the rows; none: by bits if formats are compared, else as given", ("bits", "delta_ppl"),
+    )  # fmt: skip
     columns: tuple[str, ...] = on_output(
         USUAL, "comma list of figures to print; all of them are in --output", parsing.column_list, metavar="LIST"
     )
@@ -126,14 +139,15 @@ class Flags(OutputFlags, TextFlags, QuantizationFlags, ModelFlags):
     def refusals(self, given: Mapping[str, Any]) -> dict[str, bool]:
         """Return {what is said of flags that do not go together: whether they do not}; given is the command line."""
         both, quantizes = sorted({*self.perchannel} & {*self.pertoken}), self.quantizes()
+        fitted = [name for name in self.methods() if METHODS[name].calibrated]
         return {
             f"{' '.join(both)} in both --perchannel and --pertoken: give it one scale": bool(both),
             "--perchannel and --pertoken are both empty: name k_proj or v_proj, or give --abits 16 to quantize nothing":
-                not quantizes and any(width != BASELINE for width in self.abits),
+                not quantizes and any(width != BASELINE for _, width in self.plan().cells()),
             f"--first_few_fp16 {self.first_few_fp16} covers the whole window of --seqlen {self.seqlen}":
                 self.first_few_fp16 >= self.seqlen,
-            "--attribution takes one width apart: give one below 16, and something to quantize":
-                self.attribution and (len({*self.abits} - {BASELINE}) != 1 or not quantizes),
+            "--attribution takes one row apart: give one format and one width below 16, and something to quantize":
+                self.attribution and (len(self.plan().cells()) != 1 or not quantizes),
             "--resume goes on with the JSON that --output names: give that, not ending in .csv":
                 self.resume and (self.output is None or self.output.lower().endswith(".csv")),
             "--plot_layer chooses what --plot_activations draws: give that too":
@@ -142,21 +156,34 @@ class Flags(OutputFlags, TextFlags, QuantizationFlags, ModelFlags):
                 self.plot is not None and not quantizes,
             "--plot_activations shows quantization: give a width below 16":
                 self.plot_activations is not None and not quantizes,
-            f"--kv_format {self.kv_format} is fitted to data: use kvquant_llama3_simquant.py":
-                METHODS[self.kv_format].calibrated and type(self) is Flags,
+            f"--kv_format {', '.join(fitted)} is fitted to data: use kvquant_llama3_simquant.py":
+                bool(fitted) and type(self) is Flags,
+            "--attn_implementation flash_attention_2 shows a query no residual window: give sdpa":
+                self.attn_implementation == "flash_attention_2" and self.has_window(),
             f"--device {self.device} is one GPU, and there are {processes.count()} processes: give cuda":
                 ":" in self.device and processes.count() > 1,
         }  # fmt: skip
 
     def quantizes(self) -> bool:
-        """Return whether any width and any projection is left to quantize."""
-        return bool(self.perchannel or self.pertoken) and any(width != BASELINE for width in self.abits)
+        """Return whether any format, any width and any projection is left to quantize."""
+        return bool(self.perchannel or self.pertoken) and any(width != BASELINE for _, width in self.plan().cells())
+
+    def methods(self) -> list[str]:
+        """Return the names of all methods, each once."""
+        return list(dict.fromkeys(name for pair in self.kv_format for name in pair.methods))
+
+    def has_window(self) -> bool:
+        """Return whether any row may have a residual window."""
+        parts = [METHODS[name].format(part) for name in self.methods() for part in ("keys", "values")]
+        return any(each.options.get("recent") for each in parts) if self.recent is None else self.recent > 0
 
     def plan(self) -> Plan:
-        """Return what is to be quantized, and how."""
+        """Return what is to be quantized, and how. Formats are compared with the unquantized model, widths if asked."""
         axes = dict.fromkeys(self.perchannel, "channel") | dict.fromkeys(self.pertoken, "token")
         parts = {part: axes[name] for name, part in PROJECTIONS.items() if name in axes}
-        widths = tuple(dict.fromkeys([BASELINE, *self.abits] if self.baseline or self.attribution else self.abits))
+        compares = len(self.kv_format) > 1 or any(pair.is_fixed for pair in self.kv_format)
+        is_paired = self.baseline or self.attribution or compares
+        widths = tuple(dict.fromkeys([BASELINE, *self.abits] if is_paired else self.abits))
         return Plan(self.kv_format, widths, parts, self.options(), self.skip_layers, self.attribution)
 
     def options(self) -> dict[str, tuple[str, Any]]:
@@ -166,12 +193,18 @@ class Flags(OutputFlags, TextFlags, QuantizationFlags, ModelFlags):
             asked["--first_few_fp16"] = "sinks", self.first_few_fp16
         if self.include_sparse:
             asked["--include_sparse"] = "outliers", 1 - self.sparsity_threshold
+        if self.recent is not None:
+            asked["--recent"] = "recent", self.recent
+        if self.saturation:
+            asked["--saturation"] = "counts_clipped", True
         return asked
 
     def vain(self, given: Mapping[str, Any]) -> list[str]:
         """Return what is said of flags that the command line gives without effect."""
         is_vain = "sparsity_threshold" in given and not self.include_sparse
-        return ["--sparsity_threshold has no effect without --include_sparse"] * is_vain
+        found = ["--sparsity_threshold has no effect without --include_sparse"] * is_vain
+        is_vain = any(width != BASELINE for width in given.get("abits", ())) and all(p.is_fixed for p in self.kv_format)
+        return found + [f"--abits has no effect on {', '.join(self.methods())}, whose bits are fixed"] * is_vain
 
 
 AnyFlags = TypeVar("AnyFlags", bound=Flags)
@@ -197,9 +230,14 @@ def checked(flags: AnyFlags, given: Mapping[str, Any]) -> AnyFlags:
 
 def with_method(cls: type[Flags], given: Mapping[str, Any]) -> dict[str, Any]:
     """Return given with --kv_format and its short forms --nf and --nuq saying the same."""
-    names = [name for name in ("nf", "nuq") if given.get(name)]
-    names += [given["kv_format"]] if "kv_format" in given else []
-    if len(set(names)) > 1:
-        raise ArgumentTypeError(f"{' and '.join(names)} are two methods: give one of --nf, --nuq and --kv_format")
-    short: dict[str, Any] = {name: name == names[0] for name in ("nf", "nuq") if names and name in flag_fields(cls)}
-    return {**given, **short, **({"kv_format": names[0]} if names else {})}
+    short = [name for name in ("nf", "nuq") if given.get(name)]
+    named = [Pair(name, name) for name in short] + list(given.get("kv_format", ()))
+    if short and len(set(named)) > 1:
+        words = " and ".join(dict.fromkeys(pair.label for pair in named))
+        raise ArgumentTypeError(f"{words} are several methods: name them all in --kv_format, without --nf and --nuq")
+    if not named:
+        return dict(given)
+    is_short: dict[str, Any] = {
+        name: [Pair(name, name)] == list(set(named)) for name in ("nf", "nuq") if name in flag_fields(cls)
+    }
+    return {**given, **is_short, "kv_format": tuple(dict.fromkeys(named))}

@@ -58,7 +58,7 @@ def choices(flags, config) -> dict[str, Any]:
         needs = "runs in half precision on a GPU only" if has_flash else "needs the package flash-attn"
         raise UserError(f"--attn_implementation flash_attention_2 {needs}: use sdpa")
     if attention == "auto":
-        attention = "flash_attention_2" if is_half and has_flash else None
+        attention = "flash_attention_2" if is_half and has_flash and not flags.has_window() else None
     return {"dtype": dtype, "attn_implementation": attention}
 
 

@@ -12,8 +12,9 @@ from dataclasses import Field, field, fields
 from typing import Any
 
 from simquant import processes
+from simquant.methods import METHODS
 from simquant.notices import one_line
-from simquant.plans import BASELINE, PROJECTIONS, UNQUANTIZED, Width
+from simquant.plans import BASELINE, PROJECTIONS, UNBOUND, UNQUANTIZED, Pair, Width
 from simquant.tables import COLUMNS
 from simquant.text_names import C4_FROM, DATASETS, TEXT_FILES, files_read, text_label
 
@@ -60,6 +61,35 @@ def width_list(text: str) -> tuple[Width, ...]:
         if widths.count(widths[-1]) > 1:
             raise ArgumentTypeError(f"{word.strip()} stands there more than once in {text!r}")
     return tuple(sorted(widths, key=lambda width: width != BASELINE))
+
+
+def format_list(text: str) -> tuple[Pair, ...]:
+    """Parse names of METHODS, families, pairs such as q8_0/q4_0 (keys/values) and all, between commas."""
+    named: list[Pair] = []
+    for word in (word.strip() for word in text.split(",")):
+        if word == "all" or word in FAMILIES:
+            names = [name for name, each in METHODS.items() if word in ("all", each.family) and not each.calibrated]
+            named += [Pair(name, name, is_named=False) for name in names]
+            continue
+        keys, _, values = word.partition("/")
+        pair = Pair(method_name(keys), method_name(values or keys))
+        if pair in named:
+            raise ArgumentTypeError(f"{word} stands there more than once in {text!r}")
+        named.append(pair)
+    said = {pair.label for pair in named if pair.is_named}
+    return tuple(dict.fromkeys(pair for pair in named if pair.is_named or pair.label not in said))
+
+
+FAMILIES = tuple(dict.fromkeys(method.family for method in METHODS.values() if method.family))
+
+
+def method_name(word: str) -> str:
+    """Return word if it is one of METHODS, or 16 for what stays unquantized."""
+    if word in METHODS or word == UNBOUND:
+        return word
+    alike = difflib.get_close_matches(word, [*METHODS, *FAMILIES, "all"], 3, 0.5)
+    advice = f"did you mean {' or '.join(alike)}?" if alike else "the README lists them; all are in `all`"
+    raise ArgumentTypeError(f"unknown format {word[:40]!r}: {advice}")
 
 
 def dataset_list(text: str) -> tuple[str, ...]:
@@ -180,11 +210,13 @@ def make_parser(cls: Any, description: str | None, epilog: str) -> Parser:
 
 
 def plain_settings(flags: Any) -> dict[str, Any]:
-    """Return {flag: value} as JSON holds it; --abits is a list only for several widths."""
+    """Return {flag: value} as JSON holds it; --abits and --kv_format are lists only for several."""
     settings = {name: getattr(flags, name) for name in flag_fields(type(flags)) if name != "dry_run"}
     settings = {name: list(value) if isinstance(value, tuple) else value for name, value in settings.items()}
-    labels = [width.label for width in flags.abits]
-    return settings | {"abits": labels[0] if len(labels) == 1 else labels}
+    for name in ("abits", "kv_format"):
+        labels = [each.label for each in getattr(flags, name)]
+        settings[name] = labels[0] if len(labels) == 1 else labels
+    return settings
 
 
 def decisive(flags: Any) -> dict[str, Any]:

@@ -16,6 +16,9 @@ UNQUANTIZED = 16  # bits an entry of the cache that the others are compared with
 PROJECTIONS = {"k_proj": "keys", "v_proj": "values"}  # --perchannel's names, and what they are to the cache
 
 
+SEES_ALL = "a range of the whole window sees the tokens that are not in the cache yet: give --pertoken k_proj v_proj"
+
+
 class Width(NamedTuple):
     """Bits an entry of keys and of values."""
 
@@ -59,11 +62,20 @@ class Pair(NamedTuple):
         """The names in METHODS, each once."""
         return [name for name in dict.fromkeys(self[:2]) if name != UNBOUND]
 
+    def own_bits(self, part: str) -> int | None:
+        """Return the bits of "keys" or "values" that the method fixes; None if it leaves the choice."""
+        name = self.of(part)
+        return UNQUANTIZED if name == UNBOUND else METHODS[name].format(part).options.get("bits")
+
+    @property
+    def is_fixed(self) -> bool:
+        """Whether it leaves no choice of widths."""
+        return self.own_bits("keys") is not None and self.own_bits("values") is not None
+
     def width(self, asked: Width) -> Width:
-        """Return the bits of keys and values, of those asked where a method leaves the choice."""
-        fixed = {part: METHODS[self.of(part)].format(part).options.get("bits") if self.of(part) != UNBOUND else 16
-                 for part in ("keys", "values")}  # fmt: skip
-        return Width(*(asked.of(part) if bits is None else bits for part, bits in fixed.items()))
+        """Return the bits of keys and values: those asked where a method leaves the choice."""
+        own = {part: self.own_bits(part) for part in ("keys", "values")}
+        return Width(*(asked.of(part) if bits is None else bits for part, bits in own.items()))
 
 
 class Row(NamedTuple):
@@ -93,6 +105,8 @@ class Plan:
     options      {flag: (field of a quantizer, value)} for what is asked beyond the methods' own choices
     skipped      layers that stay unquantized; negative ones count from the end
     attribution  whether the only width is also taken apart
+    is_calibrated  whether ranges of channels are calibrated
+    label        what is added to the formats' names: which quantizer file they come from
     """
 
     pairs: Sequence[Pair]
@@ -101,6 +115,8 @@ class Plan:
     options: Mapping[str, tuple[str, Any]]
     skipped: Sequence[int] = ()
     attribution: bool = False
+    is_calibrated: bool = False
+    label: str = ""
 
     def quantizer(self, name: str, part: str, bits: int, head_dim: int) -> Quantizer:
         """Return what quantizes keys or values by a method, not fitted. UserError if it does not fit."""
@@ -109,12 +125,12 @@ class Plan:
         format = METHODS[name].format(part)
         cls = format.cls()
         known = {each.name for each in fields(cls) if each.init}  # type: ignore[arg-type]
-        if missing := [flag for flag, (field, _) in self.options.items() if field not in known]:
-            raise UserError(f"{missing[0]} does not go with the method {name}")
         asked = {"axis": self.axes[part], "bits": bits, "head": head_dim, **format.options}
         asked |= dict(self.options.values())
         if asked["axis"] == "token":
             asked.pop("cap", None)  # it caps what has a calibrated range
+        if asked.get("recent") and "levels" in known and asked["axis"] == "channel" and not self.is_calibrated:
+            raise UserError(f"--recent does not go with --kv_format {name} per channel: {SEES_ALL}")
         try:
             return cls(**{name: value for name, value in asked.items() if name in known})
         except UserError as error:
@@ -170,7 +186,12 @@ class Plan:
                     raise
                 reasons.append(str(error))
             else:
-                rows[Row(pair.label, width.label, quantized_words(setting, sites))] = setting
+                rows[Row(pair.label + self.label, width.label, quantized_words(setting, sites))] = setting
+        classes = {type(quantizer): None for setting in rows.values() for quantizer in setting.values()}
+        taken = {each.name for cls in classes for each in fields(cls)}  # type: ignore[arg-type]
+        if missing := [flag for flag, (name, _) in self.options.items() if classes and name not in taken]:
+            names = ", ".join(dict.fromkeys(pair.label for pair in self.pairs))
+            raise UserError(f"{missing[0]} does not go with the method {names}")
         return (attributed(rows) if self.attribution else rows), reasons
 
 

@@ -207,7 +207,7 @@ def draw_activations(model, window: Tensor, setting: Setting, layer: int, title:
     from matplotlib.figure import Figure
 
     mine = {site: quantizer for site, quantizer in setting.items() if site.layer == layer}
-    before = qu.record(model, mine, window[None])
+    before = qu.record(model, qu.places_of(mine), window[None])
     figure = Figure(figsize=(8, 3.6 * len(mine)), layout="constrained")
     panels = figure.subplots(len(mine), 2, squeeze=False, sharex=True, sharey="row")
     for (site, quantizer), line in zip(mine.items(), panels, strict=True):

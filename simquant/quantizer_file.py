@@ -197,10 +197,11 @@ def stored(path: str, known: Mapping, site: Site, plain: Any) -> Quantizer:
     """Return the quantizer of a site from what a file has for it by width; plain is the same, not fitted."""
     reason = ""
     try:
-        has_levels = plain.bits in known or plain.levels == "nuq"
+        has_levels = plain.bits in known or getattr(plain, "levels", None) == "nuq"
         found = known[plain.bits if has_levels else None]  # KVQuant's own files may have ranges alone
         if not isinstance(found, Quantizer):
             found = replace(plain, **(found if plain.axis == "channel" else {**found, "lo": None, "hi": None}))
+        found = replace(found, recent=plain.recent) if found.recent != plain.recent else found
         if (found.bits, found.sinks) != (plain.bits, plain.sinks):
             raise UserError("it has other bits or sinks than its name and its settings say")
         if not found.sources:  # else it needs what they give

@@ -131,7 +131,7 @@ class ReportFile:
         ours, limit = self.record["sha256"], there["settings"].get("limit")
         if type(limit) is int and 0 < limit < settings["limit"]:
             del same["limit"]
-            ours = ours | digests({name: windows[:limit] for name, windows in texts.items()}, None)
+            ours = ours | digests({name: windows[:limit] for name, windows in texts.items()})
         for name, (mine, theirs) in same.items():
             if mine != theirs:
                 raise UserError(f"--resume: {path!r} is of another run: {name} is {mine!r} here and {theirs!r} there")
@@ -147,11 +147,11 @@ def unused_name(path: str) -> str:
     return next(name for n in itertools.count(2) if not os.path.exists(name := f"{start}-{n}{ending}"))
 
 
-def digests(texts: Mapping[str, Tensor], quantizer_path: str | None) -> dict[str, str]:
-    """Return {what: sha256} of each text's token ids, and of the quantizer file."""
+def digests(texts: Mapping[str, Tensor], quantizer_files: Sequence[str] = ()) -> dict[str, str]:
+    """Return {what: sha256} of each text's token ids, and of the quantizer files."""
     read = {dataset: windows.numpy().tobytes() for dataset, windows in texts.items()}
-    if quantizer_path is not None:
-        read["quantizers"] = Path(quantizer_path).read_bytes()
+    for number, path in enumerate(quantizer_files):
+        read[f"quantizers {number + 1}" if number else "quantizers"] = Path(path).read_bytes()
     return {name: sha256(content).hexdigest() for name, content in read.items()}
 
 
@@ -162,7 +162,9 @@ def take_over(run: Run, path: str, known: Mapping, environment: Mapping) -> None
     try:
         for dataset in run.texts:
             rows = [row for row in known["results"] if row["dataset"] == dataset]
-            if rows and [(row["abits"], row["quantized"]) for row in rows] != [row[:2] for row in run.rows]:
+            if rows and [(row["format"], row["abits"], row["quantized"]) for row in rows] != [
+                each[:3] for each in run.rows
+            ]:
                 raise ValueError(f"{dataset} has other rows")
             if rows and len(rows[0]["window_nll"]):
                 figures = torch.stack([window_figures(row) for row in rows], 1)  # [n,S,F]
@@ -172,7 +174,13 @@ def take_over(run: Run, path: str, known: Mapping, environment: Mapping) -> None
         raise UserError(f"--resume: {path!r} holds figures that cannot be continued: {error}") from error
 
 
-MOST = {"nll": 690, "top1_agreement": 1, "key_bits": 64, "value_bits": 64}  # of a figure; the least is 0
+MOST = {
+    "nll": 690,
+    "top1_agreement": 1,
+    "key_bits": 64,
+    "value_bits": 64,
+    "saturation": 1,
+}  # of a figure; the least is 0
 
 
 def window_figures(row: Mapping) -> Tensor:

@@ -19,12 +19,15 @@ from simquant.parsing import decisive, plain_settings
 
 if TYPE_CHECKING:
     from quant_utils import Setting
-    from simquant.plans import Row
+    from simquant.plans import Plan, Row
     from simquant.report import Run
     from simquant.report_file import ReportFile
     from simquant.sites import PlacedSite
 
 SAVE_EVERY = 30  # seconds between two versions of --output while it is not complete; more where writing takes long
+Source = tuple[
+    "Plan", "Mapping[str, Any] | None"
+]  # what is asked, and the quantizer file's content that it is fitted by
 ROUND = 64  # windows that each process measures before all exchange what they have
 
 
@@ -33,10 +36,11 @@ def begin(flags: Flags, given: Mapping[str, Any]) -> None:
     os.environ |= {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_VERBOSITY": "error"}
     if flags.quiet or processes.index() > 0 or not sys.stderr.isatty():
         os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
-    for name in ("torch", "bitsandbytes"):
+    for name in ("torchao", "bitsandbytes"):
         logging.getLogger(name).setLevel(logging.ERROR)
     import quant_utils as qu
 
+    logging.getLogger("torch").setLevel(logging.ERROR)  # which importing torch would undo
     qu.PROGRESS.update(progress_options(flags.quiet))
     for complaint in flags.vain(given):
         notify(complaint)
@@ -63,26 +67,34 @@ def checked_sites(model, flags: Flags) -> list[PlacedSite]:
     return found
 
 
-def settings_of(model, flags: Flags, stored: Mapping[str, Any] | None) -> tuple[list[PlacedSite], dict[Row, Setting]]:
-    """Return (what a model caches, what the flags ask for, with the quantizers of a file's content if there is one)."""
-    from simquant import quantizer_file
+def settings_of(model, flags: Flags, sources: Sequence[Source]) -> tuple[list[PlacedSite], dict[Row, Setting]]:
+    """Return (what a model caches, what all sources ask for), the unquantized model first."""
+    from simquant import cache_check, quantizer_file
 
     found = checked_sites(model, flags)
-    settings = flags.plan().settings(found)
-    if stored is not None:
-        settings = quantizer_file.fitted(stored, model.config.model_type, found, settings)
-    return found, settings
+    settings: dict[Row, Setting] = {}
+    for plan, stored in sources:
+        asked = plan.settings(found)
+        if stored is not None:
+            asked = quantizer_file.fitted(stored, model.config.model_type, found, asked)
+        settings |= asked
+    if model.device.type != "meta":
+        cache_check.check_attention(model, settings.values())
+    return found, dict(sorted(settings.items(), key=lambda each: not each[0].is_unquantized))
 
 
-def evaluate(flags: Flags, given: Mapping[str, Any], stored: Mapping[str, Any] | None = None) -> None:
-    """Measure, print, save and draw what the flags ask for; stored is a quantizer file's content, None for no file."""
+def evaluate(flags: Flags, given: Mapping[str, Any], sources: Sequence[Source] = ()) -> None:
+    """Measure, print, save and draw what the flags ask for, or what the sources do."""
     begin(flags, given)
+    sources = sources or [(flags.plan(), None)]
     from simquant import describe, kvquant_file, models, plots, prefixes, report, report_file, texts
 
     file, exported = output_file(flags), getattr(flags, "export_kvquant", None)
     config, tokenizer = models.load_config_and_tokenizer(flags.model, flags.revision)
     windows, shape = texts.load(flags, config, tokenizer), models.skeleton(flags, config)
-    found, settings = settings_of(shape, flags, stored)  # so that mistakes show before weights load
+    found, settings = settings_of(shape, flags, sources)  # so that mistakes show before weights load
+    for reason in (reason for plan, _ in sources for reason in plan.left_out(found)):
+        notify(f"left out: {reason}")
     if flags.plot_activations:
         plots.drawn_layer(narrowest(settings), flags.plot_layer)
     file.record = make_record(flags, shape, windows)
@@ -94,7 +106,7 @@ def evaluate(flags: Flags, given: Mapping[str, Any], stored: Mapping[str, Any] |
         kvquant_file.export(exported, narrowest(settings))
 
     model = models.load_model(flags, config)
-    found, settings = settings_of(model, flags, stored)
+    found, settings = settings_of(model, flags, sources)
     file.record["environment"] = models.environment(model)
     run = report.Run(windows, list(settings), found, flags.report_context)
     if known:
@@ -113,9 +125,9 @@ def output_file(flags: Flags) -> ReportFile:
     """Return the file that --output names. UserError if what the flags write cannot be, or would destroy something."""
     from simquant import files, report_file, text_names
 
-    calibrated = [getattr(flags, name, None) for name in ("quantizer_path", "export_kvquant")]
-    read = [*text_names.files_read(*flags.datasets), *flags.datasets, calibrated[0], flags.model]
-    files.check_writable([flags.output, flags.plot, flags.plot_activations, calibrated[1]], read)
+    quantizers, exported = getattr(flags, "quantizer_files", ()), getattr(flags, "export_kvquant", None)
+    read = [*text_names.files_read(*flags.datasets), *flags.datasets, *quantizers, flags.model]
+    files.check_writable([flags.output, flags.plot, flags.plot_activations, exported], read)
     file = report_file.ReportFile(flags.output, flags.overwrite)
     if not flags.resume:
         file.check()
@@ -138,7 +150,7 @@ def make_record(flags: Flags, shape, windows: Mapping) -> dict[str, Any]:
     device = models.single_device(flags.device)
     resolved = {"dtype": models.dtype_of(shape), "attn_implementation": shape.config._attn_implementation}
     resolved |= {"device": str(device), "compile": "on" if speed.is_to_compile(flags.compile, device) else "off"}
-    read = report_file.digests(windows, getattr(flags, "quantizer_path", None))
+    read = report_file.digests(windows, getattr(flags, "quantizer_files", ()))
     read["model weights"] = models.weights_mark(shape.config)
     resolved["bos"] = texts.bos_of(flags, shape.config)
     settings = plain_settings(flags) | resolved

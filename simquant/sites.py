@@ -12,8 +12,10 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from quant_utils import Site, device_of
+from quant_utils import CONTEXT, Site, UserError, device_of
+from simquant import attention as reading
 
+reading.install()  # sites after RoPE need it
 HEADS = 0  # runs of a fused projection: one for each head of keys and values
 
 
@@ -72,6 +74,16 @@ class PlacedSite(Site):
             out = out.clone()
             self.blocks(out)[..., self.place.block, :] = x.unflatten(2, (self.place.runs, -1))
             return out
+        return self.as_given(x, out)
+
+    def put_before(self, out: Tensor, x: Tensor) -> Tensor:
+        """See Site."""
+        if self.place.block is not None:
+            raise UserError(f"--recent does not go with keys before RoPE from the fused projection {self.place.module}")
+        return torch.cat([self.as_given(x, out), out], -1 if out.ndim == 3 else 1 if self.heads_first(out) else 2)
+
+    def as_given(self, x: Tensor, out: Tensor) -> Tensor:
+        """Return x [B,T,C] in the shape that the module gives."""
         x = x if out.ndim == 3 else x.unflatten(2, (-1, out.shape[-1]))
         return x.transpose(1, 2) if self.heads_first(out) else x
 
@@ -136,6 +148,21 @@ def attention_layers(model) -> Iterator[tuple[str, nn.Module, dict[str, Place]]]
             yield name, module, places
 
 
+def readers_of(model) -> dict[nn.Module, tuple[nn.Module, ...]]:
+    """Return {attention layer: itself, and the layers of its kind that read its cache instead of one of their own}."""
+    config = model.config.get_text_config(decoder=True)
+    kinds: dict[Any, str] = dict(enumerate(getattr(config, "layer_types", None) or []))
+    owners, latest = {module for _, module, _ in attention_layers(model)}, dict[Any, nn.Module]()
+    readers: dict[nn.Module, tuple[nn.Module, ...]] = {}
+    for module in model.get_decoder().modules():
+        kind = kinds.get(getattr(module, "layer_idx", None))
+        if module in owners:
+            latest[kind], readers[module] = module, (module,)
+        elif getattr(module, SHARES, False) and hasattr(module, "config") and kind in latest:
+            readers[latest[kind]] += (module,)
+    return readers
+
+
 def layers_without_attention(model, sites: Sequence[Site]) -> int:
     """Return how many decoder layers cache no keys and values, of their own or of another layer."""
     sharing = sum(getattr(module, SHARES, False) for module in model.get_decoder().modules())
@@ -152,8 +179,13 @@ def channels_of(attention: nn.Module, projection: Any, config) -> int:
     """Return C of an attention layer (quantized weights are packed, so their shape does not tell)."""
     if hasattr(projection, "out_features"):
         return projection.out_features
-    head_dim = getattr(attention, "head_dim", None) or getattr(config, "head_dim", None)
-    return heads_of(attention, config) * (head_dim or config.hidden_size // config.num_attention_heads)
+    return heads_of(attention, config) * head_dim_of(attention, config)
+
+
+def head_dim_of(attention: nn.Module, config) -> int:
+    """Return D, the channels of a head."""
+    own = getattr(attention, "head_dim", None) or getattr(config, "head_dim", None)
+    return own or config.hidden_size // config.num_attention_heads
 
 
 def windows_of(config) -> list[int | None]:
@@ -163,10 +195,10 @@ def windows_of(config) -> list[int | None]:
     return []
 
 
-def find_sites(model, context: int = 1) -> list[PlacedSite]:
+def find_sites(model, context: int = CONTEXT) -> list[PlacedSite]:
     """Return all that model caches and we know of, when it holds context tokens: keys and values, in model order."""
     config = model.config.get_text_config(decoder=True)
-    windows = dict(enumerate(windows_of(config)))
+    windows, readers = dict(enumerate(windows_of(config))), readers_of(model)
     sites: list[PlacedSite] = []
     for layer, (name, attention, places) in enumerate(attention_layers(model)):
         at = getattr(attention, "layer_idx", None)
@@ -176,5 +208,6 @@ def find_sites(model, context: int = 1) -> list[PlacedSite]:
             alone = getattr(attention, usual, None) or getattr(attention, "k_proj", None)  # values may be keys' own
             place = place if place.runs != HEADS else replace(place, runs=heads_of(attention, config))
             where = (f"{name}.{usual}", module, channels_of(attention, alone, config), place, alone or module)
-            sites.append(PlacedSite(at, part, *where, tokens=min(windows.get(at) or context, context)))
+            more: dict[str, Any] = {"readers": readers[attention], "head_dim": head_dim_of(attention, config)}
+            sites.append(PlacedSite(at, part, *where, tokens=min(windows.get(at) or context, context), **more))
     return sites
