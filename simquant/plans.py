@@ -92,7 +92,7 @@ class Row(NamedTuple):
         return self.abits == UNQUANTIZED
 
     def __str__(self) -> str:
-        return f"{self.format}, abits {self.abits}, {self.quantized}"
+        return self.format if self.is_unquantized else f"{self.format}, abits {self.abits}, {self.quantized}"
 
 
 @dataclass(frozen=True)

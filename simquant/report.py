@@ -74,6 +74,11 @@ def or_none(value: float) -> float | None:
     return None if math.isnan(value) else value
 
 
+def has_figure(values: Sequence[float], name: str) -> bool:
+    """Return whether the report has a list of a figure's windows: not of what nobody counted."""
+    return name != "saturation" or not all(map(math.isnan, values))
+
+
 def storage_cost(means: Mapping[str, float], run: Run) -> dict[str, float | None]:
     """Return average bits an entry of keys and values together, and the GiB of a cache of run.context tokens."""
     held = [sum(site.channels * site.tokens for site in run.sites if site.part == part) for part in PARTS]
@@ -95,14 +100,14 @@ def results(run: Run, dataset: str) -> list[dict]:
         means = {name: math.fsum(values) / len(values) for name, values in windows.items()}
         ppl, error = qu.perplexity(windows["nll"]), standard_error(windows["nll"])
         difference = paired_difference(windows["nll"], baseline)
-        labels = {"dataset": dataset, "abits": row.abits, "quantized": row.quantized, "layer": row.layer}
+        labels = {"dataset": dataset, **row._asdict()}
         counts = {"windows": len(figures), "tokens": len(figures) * (run.texts[dataset].shape[1] - 1)}
         made.append({
             **labels, "ppl": ppl, "ppl_se": None if error is None else ppl * error,
             **counts, "seconds": run.seconds[dataset] / len(run.rows),
             **(difference if run.is_paired else dict.fromkeys(difference)),
             **{name: or_none(mean) for name, mean in means.items()}, **storage_cost(means, run),
-            **{f"window_{name}": [or_none(value) for value in values] for name, values in windows.items()},
+            **{f"window_{name}": [or_none(x) for x in each] for name, each in windows.items() if has_figure(each, name)},
         })  # fmt: skip
     return made
 

@@ -174,20 +174,16 @@ def take_over(run: Run, path: str, known: Mapping, environment: Mapping) -> None
         raise UserError(f"--resume: {path!r} holds figures that cannot be continued: {error}") from error
 
 
-MOST = {
-    "nll": 690,
-    "top1_agreement": 1,
-    "key_bits": 64,
-    "value_bits": 64,
-    "saturation": 1,
-}  # of a figure; the least is 0
+# the greatest value of a figure; the least is 0
+MOST = {"nll": 690, "top1_agreement": 1, "key_bits": 64, "value_bits": 64, "saturation": 1}
 
 
 def window_figures(row: Mapping) -> Tensor:
     """Return [n,len(FIGURES)] from the window_ lists of a row. ValueError for what cannot have been measured."""
     columns = []
     for name in FIGURES:
-        values, most = row[f"window_{name}"], MOST.get(name, 1e9)
+        values = row.get(f"window_{name}", [None] * len(row["window_nll"]))  # what nobody counted is left out
+        most = MOST.get(name, 1e9)
         bad = [value for value in values if not (type(value) in (int, float) and 0 <= value <= most)]
         if bad and (name == "nll" or bad != [None] * len(values)):
             raise ValueError(f"window_{name} of {row['dataset']} has {bad[0]!r}")

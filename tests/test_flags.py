@@ -11,17 +11,17 @@ from simquant.calibrated_flags import CalibratedFlags, of_the_fit
 from simquant.flags import Flags, parse
 from simquant.methods import METHODS
 from simquant.parsing import as_markdown, decisive, flag_fields, plain_settings
-from simquant.plans import Width
+from simquant.plans import Pair, Width
 from simquant.tables import USUAL
 
 ON = (False, None, True)
 EVERY_FLAG = {  # {flag: (its default, a word that changes it, what it is then)}, of the data-free script
     "dtype": ("auto", "bfloat16", "bfloat16"), "device": ("auto", "cuda:1", "cuda:1"), "compile": ("auto", "on", "on"),
     "attn_implementation": ("auto", "eager", "eager"), "abits": ((Width(4, 4),), "3", (Width(3, 3),)),
-    "kv_format": ("uniform", "nf", "nf"), "nf": ON, "perchannel": (("k_proj",), "", ()),
+    "kv_format": ((Pair("uniform", "uniform"),), "nf", (Pair("nf", "nf"),)), "nf": ON, "perchannel": (("k_proj",), "", ()),
     "pertoken": (("v_proj",), "", ()), "include_sparse": ON, "sparsity_threshold": (0.99, "0.9", 0.9),
     "first_few_fp16": (-1, "5", 5), "skip_layers": ((), "0,-1", (0, -1)), "baseline": ON, "attribution": ON,
-    "datasets": (("wikitext2",), "c4", ("c4",)), "seqlen": (2048, "128", 128), "limit": (512, "8", 8),
+    "recent": (None, "32", 32), "saturation": ON, "sort": (None, "bits", "bits"), "datasets": (("wikitext2",), "c4", ("c4",)), "seqlen": (2048, "128", 128), "limit": (512, "8", 8),
     "batch_size": (1, "auto", "auto"), "output": (None, "o.json", "o.json"), "resume": ON,
     "revision": (None, "main", "main"), "text_column": ("text", "body", "body"), "bos": ("auto", "window", "window"),
     "overwrite": ON, "columns": (USUAL, "ppl,kl", ("ppl", "kl")),
@@ -39,7 +39,7 @@ COMPANIONS = {  # what a flag does not go without
     "cap_outliers": ("--include_sparse",),
 }  # fmt: skip
 NO_FIGURE = {
-    "device", "output", "resume", "overwrite", "columns", "plot",
+    "device", "output", "resume", "overwrite", "columns", "plot", "sort",
     "plot_activations", "plot_layer", "quiet", "dry_run",
 }  # fmt: skip
 PATH = ("--quantizer_path", "q.pkl")
@@ -131,10 +131,10 @@ def test_projections_are_a_json_list_or_plain_words_or_nothing(parsed):
 def test_the_short_forms_of_a_method_and_its_name_say_the_same(parsed):
     for words in (["--nf"], ["--kv_format", "nf"], ["--nf", "--kv_format", "nf"]):
         flags, _ = parsed(CalibratedFlags, *words, *PATH)
-        assert (flags.kv_format, flags.nf, flags.nuq) == ("nf", True, False)
+        assert (flags.kv_format, flags.nf, flags.nuq) == ((Pair("nf", "nf"),), True, False)
         assert parsed(Flags, *words)[0].nf
     flags, _ = parsed(CalibratedFlags, "--kv_format", "nuq", *PATH)
-    assert (flags.kv_format, flags.nf, flags.nuq) == ("nuq", False, True)
+    assert (flags.kv_format, flags.nf, flags.nuq) == ((Pair("nuq", "nuq"),), False, True)
 
 
 @pytest.mark.parametrize(
@@ -143,7 +143,7 @@ def test_the_short_forms_of_a_method_and_its_name_say_the_same(parsed):
         ("--abits 1", "--abits.*'1'.*2 to 8, 16"),
         ("--abits 4,3,4", "4 stands there more than once"),
         ("--kv_format nuq", "kv_format nuq.*kvquant_llama3_simquant.py"),
-        ("--nf --kv_format uniform", "nf and uniform are two methods"),
+        ("--nf --kv_format uniform", "nf and uniform are several methods"),
         ("--sparsity_threshold 0", r"sparsity_threshold.*\(0, 1\].*0"),
         ("--seqlen 512 --first_few_fp16 512", "first_few_fp16 512 covers the whole window.* 512"),
         ("--perchannel k_proj v_proj", "v_proj in both --perchannel and --pertoken"),
@@ -158,7 +158,7 @@ def test_the_short_forms_of_a_method_and_its_name_say_the_same(parsed):
         ("--columns ppl,kld", "unknown figure 'kld': give all, or some of avg_bits, .*kl"),
         ("--abit 4", "--abit 4: --abits is one"),
         ("--plot_layer 2", "--plot_layer.*--plot_activations"),
-        ("--attribution --abits 4,3", "--attribution takes one width"),
+        ("--attribution --abits 4,3", "--attribution takes one row"),
         ("--resume", "--resume.*--output"),
         ("--\x1b[31m", r"\?\[31m"),
     ],
@@ -173,7 +173,7 @@ def test_a_mistake_is_one_line_with_the_value_and_the_remedy(refused, words, sai
     [
         ("", "--quantizer_path FILE.*--calibrate"),
         ("--calibrate {} --abits 16", "nothing to fit at 16 bits"),
-        ("--calibrate {} --nuq --nf", "nf and nuq are two methods"),
+        ("--calibrate {} --nuq --nf", "nf and nuq are several methods"),
         ("--calibrate {} --fisher", "--fisher.*add --nuq"),
         ("--calibrate {} --clamp --nuq", "--clamp.*nuq has none"),
         ("--calibrate {} --cap_outliers 0.01", "--cap_outliers.*--include_sparse"),

@@ -12,7 +12,7 @@ from quant_utils import Quantized, Quantizer, Site, UserError
 from simquant.calibrated_flags import CalibratedFlags
 from simquant.flags import Flags
 from simquant.methods import METHODS, Method
-from simquant.plans import Plan, Width
+from simquant.plans import Pair, Plan, Width
 
 LAYERS = 4
 SITES = [
@@ -21,7 +21,7 @@ SITES = [
     for part in ("keys", "values")
 ]
 AXES = {"keys": "channel", "values": "token"}
-PLAN = Plan("uniform", (Width(4, 4),), AXES, {})
+PLAN = Plan([Pair("uniform", "uniform")], (Width(4, 4),), AXES, {})
 
 
 def described(settings):
@@ -38,10 +38,10 @@ def everywhere(keys, values, skipped=()):
 def test_keys_and_values_may_differ_in_width():
     plan = replace(PLAN, widths=(Width(16, 16), Width(4, 2), Width(16, 3), Width(3, 3)))
     assert described(plan.settings(SITES)) == {
-        "abits 16, nothing": {},
-        "abits 4/2, keys and values": everywhere(4, 2),
-        "abits 16/3, values": everywhere(16, 3),
-        "abits 3, keys and values": everywhere(3, 3),
+        "unquantized": {},
+        "uniform, abits 4/2, keys and values": everywhere(4, 2),
+        "uniform, abits 16/3, values": everywhere(16, 3),
+        "uniform, abits 3, keys and values": everywhere(3, 3),
     }
 
 
@@ -53,7 +53,7 @@ def test_skipped_layers_stay_as_they_are_and_the_row_says_so():
         ((0, 1, 2, 3), {0, 1, 2, 3}, "nothing"),
     ):
         found = described(replace(PLAN, skipped=skipped).settings(SITES))
-        assert found == {f"abits 4, {words}": everywhere(4, 4, layers)}
+        assert found == {f"uniform, abits 4, {words}": everywhere(4, 4, layers)}
     for absent in (4, -5):
         with pytest.raises(UserError, match=f"--skip_layers {absent} .* 4 layers"):
             replace(PLAN, skipped=(0, absent)).settings(SITES)
@@ -63,18 +63,21 @@ def test_an_attribution_takes_the_width_apart_behind_the_unquantized_model():
     plan = replace(PLAN, widths=(Width(16, 16), Width(4, 2)), attribution=True)
     settings, whole = plan.settings(SITES), everywhere(4, 2)
     assert [*described(settings).items()] == [
-        ("abits 16, nothing", {}),
-        ("abits 4/2, keys", everywhere(4, 16)),
-        ("abits 4/2, values", everywhere(16, 2)),
-        ("abits 4/2, keys and values", whole),
-        *((f"abits 4/2, layer {i}", {key: n for key, n in whole.items() if key[0] == i}) for i in range(LAYERS)),
+        ("unquantized", {}),
+        ("uniform, abits 4/2, keys", everywhere(4, 16)),
+        ("uniform, abits 4/2, values", everywhere(16, 2)),
+        ("uniform, abits 4/2, keys and values", whole),
+        *(
+            (f"uniform, abits 4/2, layer {i}", {key: n for key, n in whole.items() if key[0] == i})
+            for i in range(LAYERS)
+        ),
     ]
     assert [row.layer for row in settings] == [None, None, None, None, 0, 1, 2, 3]
 
 
 def test_flags_become_fields_of_the_quantizers():
     flags = CalibratedFlags(
-        model="m", abits=(Width(3, 3),), kv_format="nuq", nuq=True, include_sparse=True, sparsity_threshold=0.98,
+        model="m", abits=(Width(3, 3),), kv_format=(Pair("nuq", "nuq"),), nuq=True, include_sparse=True, sparsity_threshold=0.98,
         first_few_fp16=2, fisher=True, fisher_weighting="code", norm=True, cap_outliers=0.05,
     )  # fmt: skip
     (setting,) = flags.plan().settings(SITES).values()
@@ -101,23 +104,36 @@ class Coarse(Quantizer):
 
 def test_a_new_method_is_a_class_and_a_row(monkeypatch):
     monkeypatch.setitem(METHODS, "coarse", Method("whole numbers", "a test", f"{__name__}:Coarse"))
-    (setting,) = replace(PLAN, method="coarse").settings(SITES).values()
+    (setting,) = replace(PLAN, pairs=[Pair("coarse", "coarse")]).settings(SITES).values()
     assert all(q.quantize(torch.full((1, 2, 8), 1.4)).values.eq(1).all() for q in setting.values())
     sparse = Flags(model="m", include_sparse=True).plan()
     with pytest.raises(UserError, match="--include_sparse does not go with the method coarse"):
-        replace(sparse, method="coarse").settings(SITES)
+        replace(sparse, pairs=[Pair("coarse", "coarse")]).settings(SITES)
 
 
 def test_bits_an_entry_are_those_that_one_counts_by_hand(tmp_path):
-    """A range is two 16-bit numbers: shared by the 64 tokens of a key channel, by the 128 channels of a value token."""
-    flags = ("--datasets", SAMPLE, "--seqlen", "64", "--limit", "2", "--abits", "16,4/2", "--skip_layers", "0,-1")
+    """A range is two 16-bit numbers: shared by all tokens of a key channel, by the 128 channels of a value token."""
+    flags = (
+        "--datasets",
+        SAMPLE,
+        "--seqlen",
+        "64",
+        "--limit",
+        "2",
+        "--abits",
+        "16,4/2",
+        "--skip_layers",
+        "0,-1",
+        "--report_context",
+        "256",
+    )
     process = run_script(DYNAMIC_SCRIPT, NANO, *flags, "--output", tmp_path / "o.json")
     assert process.returncode == 0 and process.stderr == ""
     unquantized, row = json.loads((tmp_path / "o.json").read_text())["results"]
     assert unquantized["key_bits"] == unquantized["value_bits"] == unquantized["avg_bits"] == 16
     assert (row["abits"], row["quantized"]) == ("4/2", "keys and values except layers 0, 5")
-    keys, values = (4 * (4 + 32 / 64) + 2 * 16) / 6, (4 * (2 + 32 / 128) + 2 * 16) / 6
+    keys, values = (4 * (4 + 32 / 256) + 2 * 16) / 6, (4 * (2 + 32 / 128) + 2 * 16) / 6
     assert row["key_bits"] == pytest.approx(keys, rel=1e-12) and row["value_bits"] == pytest.approx(values, rel=1e-12)
     assert row["avg_bits"] == pytest.approx((keys + values) / 2, rel=1e-12)
-    assert row["cache_gib"] == pytest.approx(row["avg_bits"] * 2 * 6 * 128 * 131072 / 8 / 2**30, rel=1e-12)
+    assert row["cache_gib"] == pytest.approx(row["avg_bits"] * 2 * 6 * 128 * 256 / 8 / 2**30, rel=1e-12)
     assert row["kl"] > 0 and row["quantized"] in process.stdout

@@ -134,13 +134,13 @@ def test_a_title_names_the_model_and_what_keys_and_values_go_through(model):
     lines = heading_of(model, **flags | {"abits": ((16, 2), (4, 4)), "skip_layers": (0,)}).splitlines()
     keys = "keys: uniform per channel, first token exact"
     assert lines[1:] == [keys, "values: uniform per token, first token exact", "unquantized layers: 0"]
-    both = {"perchannel": (), "pertoken": ("k_proj", "v_proj"), "kv_format": "nf"}
+    both = {"perchannel": (), "pertoken": ("k_proj", "v_proj"), "kv_format": (Pair("nf", "nf"),)}
     assert heading_of(model, model="m", **both).splitlines() == ["m", "keys and values: NormalFloat per token"]
 
 
 def heading_of(shape, abits=((4, 4),), **flags):
     """The title of a run with these flags."""
-    from simquant.plans import Width
+    from simquant.plans import Pair, Width
 
     return plots.heading(Flags(abits=tuple(Width(*each) for each in abits), **flags), find_sites(shape))
 

@@ -37,7 +37,7 @@ TEXT = ("--datasets", SAMPLE, "--seqlen", "128", "--limit", "6")
 SWEEP = (*TEXT, "--abits", "16,4,2", "--include_sparse", "--batch_size", "2")
 KEYS = (  # of a row, in the product before this one; scripts of users read them
     "dataset abits quantized ppl ppl_se nll windows tokens seconds delta_ppl delta_ppl_se delta_percent "
-    "delta_percent_se kl top1_agreement avg_bits key_bits value_bits cache_gib fp16_cache_gib window_nll window_kl "
+    "delta_percent_se kl top1_agreement avg_bits key_bits value_bits saturation cache_gib fp16_cache_gib window_nll window_kl "
     "window_top1_agreement window_key_bits window_value_bits"
 )
 
@@ -182,7 +182,7 @@ def killed(folder, place, count, signals, *args):
         (BATCH, 2, "SIGTERM+SIGTERM+SIGINT", 143, 4),
         (BATCH, 2, "SIGKILL", -9, 4),
         (BATCH, 1, "failure", 2, 2),
-        ("quant_utils.average_bits", 4, "SIGINT", 130, 2),  # between two settings of a batch
+        ("quant_utils.storage", 4, "SIGINT", 130, 2),  # between two settings of a batch
         ("simquant.report_file.write_atomically", 0, "SIGINT", 130, 6),  # as the complete file is to be written
     ],
 )

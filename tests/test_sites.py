@@ -231,7 +231,7 @@ def test_every_family_is_checked_calibrated_and_evaluated(family):
     fitted = qu.calibrate(family, windows, {3: setting}, on_fit=on_fit)[3]
     assert len(errors) == len(found) and max(errors) < 0.2
     figures = torch.cat(list(qu.evaluate(family, found, windows, [{}, fitted])))
-    loss, divergence, _, key_bits, value_bits = figures.unbind(-1)
+    loss, divergence, _, key_bits, value_bits, _ = figures.unbind(-1)
     assert loss.isfinite().all() and (divergence[:, 1] > 0).all() and (loss[:, 0] != loss[:, 1]).all()
     assert (key_bits[:, 0] == 16).all() and (value_bits[:, 0] == 16).all()
     assert ((key_bits[:, 1] > 3) & (key_bits[:, 1] < value_bits[:, 1]) & (value_bits[:, 1] < 16)).all()

@@ -39,7 +39,7 @@ import peers  # noqa: E402
 import quant_utils as qu  # noqa: E402
 from simquant import models, sites, speed, texts  # noqa: E402
 from simquant.flags import Flags  # noqa: E402
-from simquant.plans import BASELINE, Plan, Width  # noqa: E402
+from simquant.plans import BASELINE, Pair, Plan, Width  # noqa: E402
 
 NANO, SAMPLE = str(ROOT / "tests/assets/llama3-nano"), str(ROOT / "tests/assets/sample.txt")
 TOKENS, BITS, CHANNELS = 2048, (2, 3, 4, 8), (1024, 256, 128)
@@ -111,7 +111,12 @@ def bundled():
 
 
 def plain_setting(model, bits, **options):
-    plan = Plan(options.pop("levels", "uniform"), [Width(bits, bits)], AXES, {n: (n, v) for n, v in options.items()})
+    plan = Plan(
+        [Pair(*[options.pop("levels", "uniform")] * 2)],
+        [Width(bits, bits)],
+        AXES,
+        {n: (n, v) for n, v in options.items()},
+    )
     (setting,) = plan.settings(sites.find_sites(model)).values()
     return setting
 
@@ -322,7 +327,7 @@ def kmeans_table():
     model, tokenizer = bundled()
     windows = texts.calibration_windows(SAMPLE, tokenizer, 1024, 8, 0)
     for site in sites.find_sites(model)[6:8]:  # the keys and the values of layer 3
-        x = qu.record(model, [site], windows)[site]
+        x = qu.record(model, {site: False}, windows)[site]
         quantizer = qu.ScalarQuantizer(AXES[site.part], 4, **SPARSE).fit(x, None, {})
         keep, lo, hi = quantizer.keep_and_range(x)
         unit = ((x - lo) / (hi - lo) * 2 - 1)[~keep & (hi > lo)]
@@ -339,7 +344,9 @@ def attribution_table():
     shape = {"hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 32, "num_attention_heads": 8}
     config = LlamaConfig(**shape, num_key_value_heads=4, vocab_size=512)
     model, windows = LlamaForCausalLM(config).eval().requires_grad_(False), torch.randint(512, (6, 256))
-    plan = Plan("uniform", [BASELINE, Width(3, 3)], AXES, {"": ("outliers", 1 - 0.99)}, attribution=True)
+    plan = Plan(
+        [Pair("uniform", "uniform")], [BASELINE, Width(3, 3)], AXES, {"": ("outliers", 1 - 0.99)}, attribution=True
+    )
     settings, done = list(plan.settings(sites.find_sites(model)).values()), []
 
     def attribution(stored):

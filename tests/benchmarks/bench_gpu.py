@@ -26,7 +26,7 @@ import peers  # noqa: E402
 
 import quant_utils as qu  # noqa: E402
 from simquant import memory, prefixes, processes, report, sites, speed  # noqa: E402
-from simquant.plans import BASELINE, Plan, Width  # noqa: E402
+from simquant.plans import BASELINE, Pair, Plan, Width  # noqa: E402
 from simquant.run import measure  # noqa: E402
 
 REPEATS, WINDOWS, SEQLEN, WIKITEXT2 = 9, 16, 2048, 141
@@ -108,7 +108,7 @@ def loop(model, windows, *settings):
 
 def plan(bits, **options):
     method = options.pop("levels", "uniform")
-    return Plan(method, [Width(bits, bits)], AXES, {n: (n, v) for n, v in options.items()})
+    return Plan([Pair(method, method)], [Width(bits, bits)], AXES, {n: (n, v) for n, v in options.items()})
 
 
 def dynamic(model, bits, **options):
@@ -283,7 +283,9 @@ def sweep_and_long_window(model, windows, weights):
 
 def attribution(model, window):
     """Each layer alone, from its own input as the unquantized model gave it, and from the first layer."""
-    rows = Plan("uniform", [BASELINE, Width(3, 3)], AXES, {}, attribution=True).settings(sites.find_sites(model))
+    rows = Plan([Pair("uniform", "uniform")], [BASELINE, Width(3, 3)], AXES, {}, attribution=True).settings(
+        sites.find_sites(model)
+    )
     rows = [(row, qu.on_device(setting)) for row, setting in rows.items()]
     times, figures = {}, {}
     for is_stored in (False, True):
