@@ -95,7 +95,8 @@ def results(run: Run, dataset: str) -> list[dict]:
         means = {name: math.fsum(values) / len(values) for name, values in windows.items()}
         ppl, error = qu.perplexity(windows["nll"]), standard_error(windows["nll"])
         difference = paired_difference(windows["nll"], baseline)
-        labels = {"dataset": dataset, "abits": row.abits, "quantized": row.quantized, "layer": row.layer}
+        labels = {"dataset": dataset, "format": row.format, "abits": row.abits}
+        labels |= {"quantized": row.quantized, "layer": row.layer}
         counts = {"windows": len(figures), "tokens": len(figures) * (run.texts[dataset].shape[1] - 1)}
         made.append({
             **labels, "ppl": ppl, "ppl_se": None if error is None else ppl * error,
