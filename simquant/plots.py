@@ -6,37 +6,23 @@ import io
 import itertools
 import math
 import textwrap
-import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from torch import Tensor
 
 import quant_utils as qu
 from quant_utils import Setting, Site, UserError
-from simquant import report
+from simquant import report, tables
 from simquant.files import write_atomically
+from simquant.labels import Label, place_labels, quiet_fonts
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Okabe and Ito: told apart by everyone
 MARKERS = "os^Dv*"
 DRAWN_TOKENS = 256
 DPI, SPREAD = 150, 20
-GAPS = (8, 14, 22, 34, 50, 70, 100, 140, 190)  # pixels between a point and its label
-TURNS = [  # right and left, above and below, corners, and what lies between
-    np.clip([2**0.5 * math.cos(step * math.pi / 8), 2**0.5 * math.sin(step * math.pi / 8)], -1, 1)
-    for step in (0, 8, 4, 12, 2, 6, 10, 14, *range(1, 16, 2))
-]
-
-
-@contextmanager
-def quiet_fonts() -> Iterator[None]:
-    """Let a letter that the font lacks be drawn as a box, without a warning, inside the block."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing")
-        yield
 
 
 def save_figure(path: str, figure) -> None:
@@ -103,7 +89,8 @@ def draw_sweep(rows: Sequence[Mapping], title: str = ""):
                 at = [bits_of(row) for row in mine], [row[name] for row in mine]
                 axes.errorbar(*at, errors_of(mine, name), **style | look)
         drawn += shown
-        labels += [(bits_of(row), row[name], f"{row['abits']}-bit {row[name]:{form}}", colour) for row in shown]
+        words = [f"{row['abits']}-bit {row[name]:{form}}" for row in shown]
+        labels += [Label(bits_of(row), row[name], each, colour) for row, each in zip(shown, words, strict=True)]
     set_scale(axes, drawn, name)
     if is_paired and axes.get_yscale() != "log":
         axes.axhline(0, color="black", linestyle="--", linewidth=1, label="unquantized")
@@ -113,7 +100,7 @@ def draw_sweep(rows: Sequence[Mapping], title: str = ""):
     axes.grid(alpha=0.3)
     axes.set_title(title, fontsize=9)
     figure.legend(loc="outside lower center", ncols=2)
-    place_labels(axes, labels)
+    place_labels(figure, [(axes, labels)])
     return figure
 
 
@@ -135,38 +122,51 @@ def set_scale(axes, rows: Sequence[Mapping], name: str) -> None:
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
 
 
-def place_labels(axes, labels: Sequence[tuple[float, float, str, str]]) -> None:
-    """Write each (x, y, text, colour) near its point, inside the axes and over no other; best over nothing at all.
+def draw_formats(rows: Sequence[Mapping], title: str = ""):
+    """Draw perplexity, or how much it grows, over average bits: a named point for each format, a panel a dataset."""
+    from matplotlib.figure import Figure
 
-    A label that finds no room is left out. The axes must not change afterwards.
-    """
-    from matplotlib.transforms import Bbox
+    titles = titles_of(rows)
+    figure = Figure(figsize=(11, 7 * len(titles)), dpi=DPI, layout="constrained")
+    panels = figure.subplots(len(titles), 1, squeeze=False)[:, 0]
+    labels = [
+        (axes, draw_panel(axes, [row for row in rows if row["dataset"] == dataset], text))
+        for (dataset, text), axes in zip(titles.items(), panels, strict=True)
+    ]
+    figure.suptitle(title, fontsize=9)
+    place_labels(figure, labels)
+    return figure
 
-    with quiet_fonts():
-        axes.figure.draw_without_rendering()  # so that it is known what lies where
-    points, taken = axes.transData.transform([label[:2] for label in labels]), list[Bbox]()
-    lines = [line.get_path().transformed(line.get_transform()) for line in axes.lines]
-    lines += [path.transformed(axes.transData) for bars in axes.collections for path in bars.get_paths()]
 
-    def cost(box: Bbox) -> float:
-        if box.count_overlaps(taken) or not all(axes.bbox.contains(*corner) for corner in box.corners()):
-            return math.inf
-        return 200 * box.count_contains(points) + 20 * sum(line.intersects_bbox(box, filled=False) for line in lines)
+def draw_panel(axes, rows: Sequence[Mapping], title: str) -> list[Label]:
+    """Draw the formats of one dataset, those on the front joined by steps. Return their names, to be placed."""
+    name = "ppl" if rows[0]["delta_ppl"] is None else "delta_ppl"
+    best = [rows[number] for number in tables.front(rows)]
+    shown = [row for row in rows if row["abits"] != tables.UNQUANTIZED]
+    rest = [row for row in shown if row not in best]
+    style: dict[str, Any] = {"linestyle": "none", "markersize": 5, "elinewidth": 1, "capsize": 2}
+    for mine, colour, marker in ((rest, COLOURS[0], "o"), (best, COLOURS[1], "D")):
+        at = [bits_of(row) for row in mine], [row[name] for row in mine]
+        axes.errorbar(*at, errors_of(mine, name), color=colour, marker=marker, **style)
+    if best:
+        corners = sorted((row["avg_bits"], row[name]) for row in best)
+        axes.step(*zip(*corners, strict=True), where="post", color=COLOURS[1], linewidth=1, label="Pareto front")
+        axes.legend(loc="upper right")
+    set_scale(axes, shown, name)
+    axes.set_xlabel("average bits per cached entry")
+    axes.set_ylabel("perplexity (± SE)" if name == "ppl" else "increase of perplexity (± SE)")
+    axes.set_title(f"{title} (unquantized: {rows[0]['ppl']:.2f})" if name == "delta_ppl" else title, fontsize=10)
+    axes.margins(x=0.08, y=0.12)
+    axes.grid(alpha=0.3)
+    looks = [(COLOURS[1], "bold") if row in best else (COLOURS[0], "normal") for row in shown]
+    words = zip(shown, names_of(shown), looks, strict=True)
+    return [Label(bits_of(row), row[name], text, *look) for row, text, look in words]
 
-    for (x, y, text, colour), point in zip(labels, points, strict=True):
-        style: dict[str, Any] = {"fontsize": 8, "color": colour, "ha": "center", "va": "center"}
-        words = axes.annotate(text, (x, y), **style)
-        size = words.get_window_extent().padded(3).size
-        words.remove()
-        places = [(gap, (size / 2 + gap) * turn) for gap in GAPS for turn in TURNS]
-        boxes = [Bbox.from_bounds(*(point + shift - size / 2), *size) for _, shift in places]
-        costs = [cost(box) + gap for box, (gap, _) in zip(boxes, places, strict=True)]
-        if (least := min(costs)) < math.inf:
-            gap, shift = places[costs.index(least)]
-            taken.append(boxes[costs.index(least)])
-            arrow = {"arrowstyle": "-", "linewidth": 0.5, "color": colour} if gap > GAPS[1] else None
-            offset = {"xytext": shift * 72 / DPI, "textcoords": "offset points"}
-            axes.annotate(text, (x, y), **offset, **style, arrowprops=arrow).set_in_layout(False)
+
+def names_of(rows: Sequence[Mapping]) -> list[str]:
+    """Return the name of each row's format, with its width where the format has several rows."""
+    counts = Counter(row["format"] for row in rows)
+    return [drawable(row["format"]) + f" {row['abits']}-bit" * (counts[row["format"]] > 1) for row in rows]
 
 
 def bits_of(row: Mapping) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,46 @@ AGAINST = {
     "top1_agreement",
 }  # its own are zeros
 
+SORTS = {"given": (), "bits": ("avg_bits", "delta_ppl"), "delta_ppl": ("delta_ppl", "avg_bits")}  # {order: by what}
+UNQUANTIZED = 16  # abits of the row that others are compared with
+
+
+def formats_of(rows: Iterable[Mapping[str, Any]]) -> list[str]:
+    """Return the names of the formats that rows quantize by, each once, in their order."""
+    return list(dict.fromkeys(row["format"] for row in rows if row["abits"] != UNQUANTIZED))
+
+
+def front(rows: Sequence[Mapping[str, Any]]) -> set[int]:
+    """Return the indices of the rows on the Pareto front of their dataset, over bits and the increase of perplexity.
+
+    A row is on it if no other has at most its bits and at most its increase, and less of one. The unquantized row is
+    no candidate, nor is one whose bits or increase are unknown.
+    """
+    points = {
+        number: (row["dataset"], row["avg_bits"], row["delta_ppl"])
+        for number, row in enumerate(rows)
+        if row["abits"] != UNQUANTIZED and None not in (row["avg_bits"], row["delta_ppl"])
+    }
+    return {number for number, point in points.items() if not any(beats(other, point) for other in points.values())}
+
+
+def beats(one: tuple[str, float, float], other: tuple[str, float, float]) -> bool:
+    """Return whether one (dataset, bits, increase) is nowhere worse than another of its dataset, and once better."""
+    return one[0] == other[0] and one[1] <= other[1] and one[2] <= other[2] and one != other
+
+
+def sorted_rows(rows: Sequence[Mapping[str, Any]], by: str) -> list[Mapping[str, Any]]:
+    """Return rows in an order of SORTS, what is unknown last; datasets stay together, the unquantized row first."""
+    datasets = list(dict.fromkeys(row["dataset"] for row in rows))
+
+    def place(row: Mapping[str, Any]) -> tuple:
+        increase = row["ppl"] if row["delta_ppl"] is None else row["delta_ppl"]  # without a baseline: the same order
+        figures = [{**row, "delta_ppl": increase}[name] for name in SORTS[by]]
+        known = ((each is None, each or 0.0) for each in figures)
+        return datasets.index(row["dataset"]), row["abits"] != UNQUANTIZED, *known
+
+    return sorted(rows, key=place)
+
 
 def short_names(datasets: Sequence[str]) -> dict[str, str]:
     """Return {dataset: its name, or that of its file}; paths are whole where two files have the same name."""
@@ -42,9 +82,16 @@ def short_names(datasets: Sequence[str]) -> dict[str, str]:
 def cell(row: Mapping[str, Any], name: str, form: str) -> str:
     """Return a figure as it is printed: - where there is none, in scientific notation where it is huge."""
     value = row[name]
-    if value is None or (name in AGAINST and row["abits"] == 16):
+    if value is None or (name in AGAINST and row["abits"] == UNQUANTIZED):
         return "-"
     return format(value, form.replace("f", "e") if abs(value) >= 1e6 and form else form)
+
+
+def starred_formats(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return the name of each row's format, with a star where it is on the front, and all of them aligned."""
+    best = front(rows)
+    stars = ["*" if number in best else " " * bool(best) for number in range(len(rows))]
+    return [row["format"] + star for row, star in zip(rows, stars, strict=True)]
 
 
 def table(rows: Sequence[Mapping[str, Any]], columns: Sequence[str] = USUAL) -> str:
@@ -52,8 +99,11 @@ def table(rows: Sequence[Mapping[str, Any]], columns: Sequence[str] = USUAL) -> 
     import pandas
 
     names = short_names(list(dict.fromkeys(row["dataset"] for row in rows)))
-    labels = {"text": [names[row["dataset"]] for row in rows], "abits": [str(row["abits"]) for row in rows]}
-    if any(row["quantized"] != "keys and values" for row in rows if row["abits"] != 16):
+    labels = {"text": [names[row["dataset"]] for row in rows]}
+    if len(formats_of(rows)) > 1:
+        labels["format"] = starred_formats(rows)
+    labels["abits"] = [str(row["abits"]) for row in rows]
+    if any(row["quantized"] != "keys and values" for row in rows if row["abits"] != UNQUANTIZED):
         labels["quantized"] = [row["quantized"] for row in rows]
     cells = {name: [cell(row, name, COLUMNS[name][1]) for row in rows] for name in columns}
     cells = {name: column for name, column in cells.items() if set(column) != {"-"}}
