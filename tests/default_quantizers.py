@@ -1,16 +1,18 @@
-"""The matrix: every method of the table, per channel and per token, with each option that goes with it, not fitted.
+"""The matrix: every method of the table, for keys and for values, with each option that goes with it, not fitted.
 
 A row of METHODS is in it by itself, and tests/test_quantizers.py takes every row of it through every test.
 """
 
 import itertools
 from contextlib import suppress
+from dataclasses import fields
 from types import SimpleNamespace
 from typing import NamedTuple
 
 import torch
 
 from quant_utils import UserError
+from simquant import quantizer_file
 from simquant.methods import METHODS
 from simquant.plans import Plan
 
@@ -19,6 +21,8 @@ DATA_FREE = {
     "sinks": {"sinks": 2},
     "outliers": {"outliers": 0.1},
     "outliers, sinks": {"outliers": 0.1, "sinks": 1},
+    "window": {"recent": 4},
+    "clipped": {"counts_clipped": True},
 }
 CALIBRATED = {
     "cap": {"outliers": 0.2, "cap": 0.1},
@@ -28,7 +32,7 @@ CALIBRATED = {
     "fisher as the code": {"fisher": "code", "outliers": 0.05, "sinks": 1},
 }
 OPTIONS = DATA_FREE | CALIBRATED
-CHANNELS = 64  # which blocks and groups divide
+CHANNELS, HEAD = 64, 32  # which blocks and groups divide
 WIDTHS = (4, 3, 2, 8, 6, 5, 7)  # a row takes the first that its format has
 
 
@@ -36,28 +40,35 @@ class Case(NamedTuple):
     """What a row of the matrix is called."""
 
     method: str
-    axis: str
+    kind: str  # keys or values, or how a scalar quantizer shares ranges
     options: str  # a name in DATA_FREE or CALIBRATED
     is_fitted: bool = False
 
     def __str__(self):
-        return f"{self.method} per {self.axis}, {self.options}{', fitted' * self.is_fitted}"
+        return f"{self.method} {self.kind}, {self.options}{', fitted' * self.is_fitted}"
 
 
 def matrix():
     """Return {case: quantizer} as the scripts make them, each once, without options that a method does not take."""
     rows, seen = {}, set()
-    for method, axis, label in itertools.product(METHODS, ("channel", "token"), OPTIONS):
-        flags = {f"--{name}": (name, value) for name, value in OPTIONS[label].items()}
-        plan = Plan(method, [], {"keys": axis}, flags)
-        if "--fisher" in flags and not METHODS[method].calibrated:
+    for method, label in itertools.product(METHODS, OPTIONS):
+        if "fisher" in OPTIONS[label] and not METHODS[method].calibrated:
             continue  # there is nothing that gradients could weigh
-        for bits in WIDTHS:
-            with suppress(UserError):
-                quantizer = plan.quantizer("keys", bits)
-                rows |= {Case(method, axis, label): quantizer} if str((method, vars(quantizer))) not in seen else {}
-                seen.add(str((method, vars(quantizer))))
-                break
+        flags = {f"--{name}": (name, value) for name, value in OPTIONS[label].items()}
+        for part, axis in (("keys", "channel"), ("keys", "token"), ("values", "token")):
+            format = METHODS[method].format(part)
+            taken = {each.name for each in fields(format.cls())}
+            if not {*OPTIONS[label]} <= taken:
+                continue
+            plan, kind = Plan([], [], {part: axis}, flags, is_calibrated=METHODS[method].calibrated), part
+            kind = f"per {axis}" if "axis" in taken and "axis" not in format.options else part
+            for bits in (format.options["bits"],) if "bits" in format.options else WIDTHS:
+                with suppress(UserError):
+                    quantizer = plan.quantizer(method, part, bits, HEAD)
+                    if (name := str((method, quantizer_file.state_of(quantizer)))) not in seen:
+                        rows[Case(method, kind, label)] = quantizer
+                    seen.add(name)
+                    break
     return rows
 
 

@@ -77,8 +77,8 @@ def test_an_attribution_takes_the_width_apart_behind_the_unquantized_model():
 
 def test_flags_become_fields_of_the_quantizers():
     flags = CalibratedFlags(
-        model="m", abits=(Width(3, 3),), kv_format=(Pair("nuq", "nuq"),), nuq=True, include_sparse=True, sparsity_threshold=0.98,
-        first_few_fp16=2, fisher=True, fisher_weighting="code", norm=True, cap_outliers=0.05,
+        model="m", abits=(Width(3, 3),), kv_format=(Pair("nuq", "nuq"),), nuq=True, include_sparse=True,
+        sparsity_threshold=0.98, first_few_fp16=2, fisher=True, fisher_weighting="code", norm=True, cap_outliers=0.05,
     )  # fmt: skip
     (setting,) = flags.plan().settings(SITES).values()
     for site, quantizer in setting.items():

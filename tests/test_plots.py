@@ -140,7 +140,7 @@ def test_a_title_names_the_model_and_what_keys_and_values_go_through(model):
 
 def heading_of(shape, abits=((4, 4),), **flags):
     """The title of a run with these flags."""
-    from simquant.plans import Pair, Width
+    from simquant.plans import Width
 
     return plots.heading(Flags(abits=tuple(Width(*each) for each in abits), **flags), find_sites(shape))
 

@@ -36,9 +36,9 @@ from simquant.plans import Row
 TEXT = ("--datasets", SAMPLE, "--seqlen", "128", "--limit", "6")
 SWEEP = (*TEXT, "--abits", "16,4,2", "--include_sparse", "--batch_size", "2")
 KEYS = (  # of a row, in the product before this one; scripts of users read them
-    "dataset abits quantized ppl ppl_se nll windows tokens seconds delta_ppl delta_ppl_se delta_percent "
-    "delta_percent_se kl top1_agreement avg_bits key_bits value_bits saturation cache_gib fp16_cache_gib window_nll window_kl "
-    "window_top1_agreement window_key_bits window_value_bits"
+    "dataset format abits quantized ppl ppl_se nll windows tokens seconds delta_ppl delta_ppl_se delta_percent "
+    "delta_percent_se kl top1_agreement avg_bits key_bits value_bits saturation cache_gib fp16_cache_gib window_nll "
+    "window_kl window_top1_agreement window_key_bits window_value_bits"
 )
 
 
