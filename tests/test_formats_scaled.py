@@ -219,6 +219,18 @@ def test_nvfp4_is_that_of_torchao_where_no_scale_is_below_its_least(x, levels):
             assert_same(ours[is_normal], by_torchao_nvfp4(each, levels)[is_normal])
 
 
+@given(st.floats(2.0**-20, 2.0**20, width=32))
+def test_scales_of_nvfp4_at_the_borders_between_e4m3_floats_are_those_of_torchao(most):
+    floats = np.arange(8, 127, dtype=np.uint8).view(FLOATS["e4m3"]).astype(np.float32)  # normal, to 448
+    shares = (floats[1:] + floats[:-1]) / 2 / 448
+    x = (
+        np.concatenate([np.float32([most]), shares * np.float32(most), np.zeros(1, np.float32)])[:, None]
+        * np.eye(16)[0]
+    )
+    x = x.astype(np.float32).reshape(-1, HEAD)
+    assert_same(coded(made("nvfp4"), x), by_torchao_nvfp4(x, 2))
+
+
 def test_a_tensor_scale_is_that_of_a_sequence():
     x = (
         torch.randn(3, 2, 5, HEAD, generator=torch.Generator().manual_seed(0))
