@@ -79,18 +79,31 @@ class HeadQuantizer(Quantizer):
         raise NotImplementedError
 
     @property
+    def extras(self) -> list[str]:
+        """What __str__ says of every format of heads: the transform, and the tokens that stay exact."""
+        words = [f"after a {self.transform} transform"] if self.transform else []
+        if self.sinks:
+            words.append(f"first {self.sinks} tokens exact" if self.sinks > 1 else "first token exact")
+        return [*words, f"latest {self.recent} tokens exact"] if self.recent else words
+
+    @property
     def entry_bits(self) -> float:
         """Bits that an entry of a quantized token takes, scales and the like included."""
         raise NotImplementedError
 
-    def quantize(self, x: Tensor, taps: Mapping[tuple[int, str], Tap] = {}) -> Quantized:
-        """See Quantizer. The result is rounded to x's own dtype."""
+    def heads(self, x: Tensor) -> Tensor:
+        """Return [B,H,T,D] fp32: the heads of x [B,T,C] as they are coded, transformed and without the sinks."""
         if x.shape[-1] % self.head:
             raise UserError(f"heads of {self.head} channels do not divide {x.shape[-1]}")
-        heads = x[:, self.sinks :].float().unflatten(-1, (-1, self.head)).transpose(1, 2)  # [B,H,T,D]
+        heads = x[:, self.sinks :].float().unflatten(-1, (-1, self.head)).transpose(1, 2)
+        return transformed(heads, self.forward)
+
+    def quantize(self, x: Tensor, taps: Mapping[tuple[int, str], Tap] = {}) -> Quantized:
+        """See Quantizer. The result is rounded to x's own dtype."""
+        heads = self.heads(x)
         if heads.numel() == 0:
             return Quantized(x)
-        decoded = transformed(self.coded(transformed(heads, self.forward)), self.inverse)
+        decoded = transformed(self.coded(heads), self.inverse)
         values = decoded.transpose(1, 2).flatten(2).to(x.dtype)
         return Quantized(torch.cat([x[:, : self.sinks], values], 1))
 
@@ -103,3 +116,14 @@ class HeadQuantizer(Quantizer):
 def transformed(x: Tensor, matrix: Tensor | None) -> Tensor:
     """Return x [...,D] with every n neighbouring channels multiplied by matrix [n,n]; x itself if there is none."""
     return x if matrix is None else (x.unflatten(-1, (-1, len(matrix))) @ matrix).flatten(-2)
+
+
+def half_away(x: Tensor) -> Tensor:
+    """Return x rounded to the nearest integer, a half away from zero."""
+    size = x.abs()
+    return x.sign() * (size.floor() + (size - size.floor() >= 0.5))
+
+
+def finite_or_zero(inverse: Tensor) -> Tensor:
+    """Return the inverse of a scale, and 0 where it is infinite: so small a scale is decoded as nothing."""
+    return inverse.where(inverse.isfinite(), 0)
