@@ -27,12 +27,12 @@ def rows_of(texts=1, widths=WIDTHS, ratio=4.0, error=0.03, first=40.0):
     rows = []
     for number in range(texts):
         unquantized = {"ppl": 16.5 + number, "ppl_se": 0.2, "delta_ppl": 0.0, "delta_ppl_se": 0.0, "avg_bits": 16.0}
-        rows.append({"dataset": f"text{number}.txt", "abits": 16, **unquantized})
+        rows.append({"dataset": f"text{number}.txt", "format": "unquantized", "abits": 16, **unquantized})
         for width in widths:
             bits = sum(map(int, width.split("/"))) / 2 if isinstance(width, str) else width
             delta = first * (1 + number / 10) * ratio**-bits * (1.5 if isinstance(width, str) else 1)
             figures = {"ppl": 16.5 + delta, "delta_ppl": delta, "delta_ppl_se": error * abs(delta)}
-            rows.append({**rows[-1], **figures, "abits": width, "avg_bits": bits + 0.25})
+            rows.append({**rows[-1], **figures, "format": "uniform", "abits": width, "avg_bits": bits + 0.25})
     return rows
 
 
