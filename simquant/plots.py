@@ -1,4 +1,4 @@
-"""Pictures: a sweep, a comparison of formats, an attribution, and a layer's keys and values before and after quantization."""
+"""Pictures: a sweep, formats compared, an attribution, and a layer's keys and values before and after quantization."""
 
 from __future__ import annotations
 
@@ -45,13 +45,13 @@ def heading(flags, sites: Iterable[Site]) -> str:
     """
     words: dict[str, str] = {}  # {part: of its quantizer}
     settings = flags.plan().settings(sites)
-    is_one = len({row.format for row in settings if not row.is_unquantized}) == 1
-    for setting in settings.values() if is_one else ():
+    are_several = len({row.format for row in settings if not row.is_unquantized}) > 1
+    for setting in () if are_several else settings.values():
         words |= {site.part: str(quantizer) for site, quantizer in setting.items()}
     parts = [part for part in qu.PARTS if part in words]
     by_words = {words[part]: " and ".join(each for each in parts if words[each] == words[part]) for part in parts}
     lines = [flags.model.rstrip("/").rpartition("/")[2], *(f"{named}: {each}" for each, named in by_words.items())]
-    lines += [f"with {' and '.join(flags.options())}"] * bool(flags.options() and not is_one)
+    lines += [f"with {' and '.join(flags.options())}"] * bool(are_several and flags.options())
     lines += [f"unquantized layers: {', '.join(map(str, flags.skip_layers))}"] * bool(flags.skip_layers)
     return "\n".join(textwrap.fill(drawable(line), 100) for line in lines)
 
