@@ -18,7 +18,7 @@ TURNS = [  # a label's directions from its point, stretched so that they reach i
     for step in range(24)
 ]
 PADDING, MARKER = 3, 5  # pixels around a label, and from the centre of a point to its edge
-OVERLAP, OUTSIDE = 10_000, 20_000  # costs in pixels of gap; all others of a label together are less
+OVERLAP = OUTSIDE = 10**6  # costs, in pixels of gap: more than all that follow, added up for a label
 HIDES_POINT, HIDES_LINE, UNCLEAR, LEADER_ON_BOX, LEADER_ON_POINT, LEADER_ON_LEADER = 400, 60, 60, 800, 100, 150
 ORDERS, ROUNDS = 12, 8  # in which labels are placed, and how often each is moved at most
 MANY = 40  # more labels than these are tried in fewer orders

@@ -74,6 +74,14 @@ def test_rows_are_in_the_order_that_is_asked_for(rows, by):
             assert pairs[0][0] < pairs[0][1]
 
 
+def test_an_order_by_hand():
+    places = {"p": (4, 0.2), "q": (3, 0.3), "r": (4, 0.1), "s": (3.5, 0.1), "t": (None, 0.1), "u": (2, None)}
+    rows = [row(format=name, bits=bits, delta=delta) for name, (bits, delta) in places.items()]
+    for by, known in (("given", "pqrstu"), ("bits", "uqsrpt"), ("delta_ppl", "srtpqu")):
+        found = tables.sorted_rows([*rows, row("b.txt", "p"), row("b.txt"), row()], by)
+        assert [each["format"] for each in found] == ["unquantized", *known, "unquantized", "p"]
+
+
 def test_without_a_baseline_the_order_is_that_of_perplexities():
     rows = [row(format=name, delta=None, bits=4) | {"ppl": ppl} for name, ppl in (("p", 9.0), ("q", 7.0), ("r", 8.0))]
     assert [each["format"] for each in tables.sorted_rows(rows, "delta_ppl")] == ["q", "r", "p"]
