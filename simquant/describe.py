@@ -12,9 +12,12 @@ from simquant.sites import PlacedSite, layers_without_attention
 
 def print_results(model, config, flags, settings: Mapping[Any, Setting], run: report.Run) -> None:
     """Print the table of a run, what its columns are, and what was measured how."""
-    print(tables.table(report.all_results(run), flags.columns))
+    rows = report.all_results(run)
+    print(tables.table(rows, flags.columns))
     against = "Δ: from the unquantized model, on the same tokens; KL in nats; " if run.is_paired else ""
     print(f"\n±: standard error; {against}GiB: of a cache of {run.context} tokens")
+    if len(tables.formats_of(rows)) > 1 and tables.front(rows):
+        print("*: Pareto front: no other row of the text has at most these bits and this Δppl, and less of one")
     print_settings(model, config, flags, settings)
     print_hybrid(model, run.sites)
     if flags.quantizes() and not run.is_paired:

@@ -6,22 +6,23 @@ import math
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
 
-GAPS = (7, 11, 16, 24, 34, 46, 60, 80, 105, 135, 170, 210, 260, 320, 400)  # pixels between a point and its label
-CLOSE = 16  # up to this gap, no line has to join a label to its point
-TURNS = [  # right and left, above and below, corners, and what lies between
+GAPS = (7, 11, 16, 24, 34, 46, 60, 80, 105, 135, 170, 210, 260, 320, 400, 500, 630, 800)  # pixels from point to label
+CLOSE = 16  # up to this gap, no line has to lead from a label to its point
+TURNS = [  # a label's directions from its point, stretched so that they reach its corners
     np.clip([2**0.5 * math.cos(step * math.pi / 12), 2**0.5 * math.sin(step * math.pi / 12)], -1, 1)
-    for step in (0, 12, 6, 18, 3, 9, 15, 21, *(step for step in range(24) if step % 3))
+    for step in range(24)
 ]
 PADDING, MARKER = 3, 5  # pixels around a label, and from the centre of a point to its edge
-OVERLAP, OUTSIDE = 10_000, 20_000  # costs, in pixels of gap: a sum below OVERLAP has all labels apart and inside
-HIDES_POINT, HIDES_LINE, LEADER_ON_BOX, LEADER_ON_POINT, LEADER_ON_LEADER = 200, 20, 200, 60, 80
-ROUNDS, STARTS = 20, 6
-GROWTH, MOST_INCHES = 1.15, 40.0
+OVERLAP = OUTSIDE = 10**6  # costs, in pixels of gap: more than all that follow, added up for a label
+HIDES_POINT, HIDES_LINE, UNCLEAR, LEADER_ON_BOX, LEADER_ON_POINT, LEADER_ON_LEADER = 400, 60, 60, 800, 100, 150
+ORDERS, ROUNDS = 12, 8  # in which labels are placed, and how often each is moved at most
+MANY = 40  # more labels than these are tried in fewer orders
+GROWTHS, GROWTH = 5, 1.2  # how often a figure grows at most, and by what factor
 
 
 class Label(NamedTuple):
@@ -40,16 +41,27 @@ class Choice:
 
     centres  of the boxes [n,k,2]
     boxes    their lower left and upper right corners [n,k,2,2]
-    costs    what each place costs by itself, whatever the other labels do [n,k]
-    leaders  whether a line joins the label to its point [k]
+    leaders  whether a line leads from the label to its point [k]
     points   [n,2]
+    costs    what each place costs by itself, whatever the other labels do [n,k]
     """
 
     centres: np.ndarray
     boxes: np.ndarray
-    costs: np.ndarray
     leaders: np.ndarray
     points: np.ndarray
+    costs: np.ndarray
+
+    def costs_alone(self, label: int, lines: np.ndarray) -> np.ndarray:
+        """Return what the points and the lines [s,2,2] add to the costs of a label's places [k]."""
+        boxes, point, others = self.boxes[label], self.points[label], np.delete(self.points, label, 0)
+        hidden = boxes_overlap(boxes[:, None], around(self.points, MARKER)).sum(1)
+        crossed = segments_cross_boxes(lines[:, 0], lines[:, 1], boxes[:, None]).sum(1)
+        led_over = segments_cross_boxes(point, self.centres[label][:, None], around(others, MARKER)).sum(1)
+        is_nearer = distances(boxes[:, None], others) < 1.5 * distances(boxes, point)[:, None]
+        is_nearer &= np.hypot(*(others - point).T) > MARKER / 2  # points in one place need not be told apart
+        of_which_point = np.where(self.leaders, LEADER_ON_POINT * led_over, UNCLEAR * is_nearer.sum(1))
+        return HIDES_POINT * hidden + HIDES_LINE * crossed + of_which_point
 
     def costs_beside(self, label: int, chosen: np.ndarray, others: np.ndarray) -> np.ndarray:
         """Return what each place of a label costs [k] while the labels others [m] stand where chosen [n] says."""
@@ -73,15 +85,29 @@ def quiet_fonts() -> Iterator[None]:
 
 def boxes_overlap(one: np.ndarray, other: np.ndarray) -> np.ndarray:
     """Return whether boxes [...,2,2] have an area in common [...]."""
-    return ((one[..., 0, :] < other[..., 1, :]) & (other[..., 0, :] < one[..., 1, :])).all(-1)
+    meets = (one[..., 0, :] < other[..., 1, :]) & (other[..., 0, :] < one[..., 1, :])
+    return meets[..., 0] & meets[..., 1]
+
+
+def around(points: np.ndarray, margin: float) -> np.ndarray:
+    """Return the boxes [...,2,2] whose sides are margin away from points [...,2]."""
+    return np.stack([points - margin, points + margin], -2)
+
+
+def distances(boxes: np.ndarray, points: np.ndarray) -> np.ndarray:
+    """Return how far points [...,2] are from boxes [...,2,2], in pixels."""
+    beyond = np.maximum(boxes[..., 0, :] - points, points - boxes[..., 1, :])
+    return np.hypot(*np.moveaxis(np.maximum(beyond, 0), -1, 0))
 
 
 def segments_cross_boxes(starts: np.ndarray, ends: np.ndarray, boxes: np.ndarray) -> np.ndarray:
     """Return whether segments from [...,2] to [...,2] enter boxes [...,2,2]."""
     with np.errstate(divide="ignore", invalid="ignore"):  # a segment along an axis never meets the sides beside it
-        meets = (boxes - starts[..., None, :]) / (ends - starts)[..., None, :]  # as shares of the segment's length
-    enters, leaves = meets.min(-2).max(-1), meets.max(-2).min(-1)
-    return np.maximum(enters, 0) < np.minimum(leaves, 1)
+        length = ends - starts
+        one, other = (boxes[..., 0, :] - starts) / length, (boxes[..., 1, :] - starts) / length  # shares of the segment
+    enters, leaves = np.minimum(one, other), np.maximum(one, other)  # the slabs between opposite sides [...,2]
+    first, last = np.maximum(enters[..., 0], enters[..., 1]), np.minimum(leaves[..., 0], leaves[..., 1])
+    return np.maximum(first, 0) < np.minimum(last, 1)
 
 
 def segments_cross(a: np.ndarray, b: np.ndarray, c: np.ndarray, d: np.ndarray) -> np.ndarray:
@@ -125,63 +151,52 @@ def choice_of(axes, labels: Sequence[Label]) -> Choice:
     centres = points[:, None] + (half + gaps[:, None]) * np.tile(TURNS, (len(GAPS), 1))
     boxes = np.stack([centres - half, centres + half], 2)  # [n,k,2,2]
     is_outside = (boxes[:, :, 0] < axes.bbox.min).any(-1) | (boxes[:, :, 1] > axes.bbox.max).any(-1)
-    costs = gaps + OUTSIDE * is_outside + hiding_costs(boxes, points, drawn_segments(axes))
-    markers = np.stack([points - MARKER, points + MARKER], 1)
-    for label, point in enumerate(points):
-        others = np.delete(markers, label, 0)
-        crossed = segments_cross_boxes(point, centres[label][:, None], others).sum(-1)
-        costs[label] += LEADER_ON_POINT * (gaps > CLOSE) * crossed
-    return Choice(centres, boxes, costs, gaps > CLOSE, points)
+    choice, lines = Choice(centres, boxes, gaps > CLOSE, points, gaps + OUTSIDE * is_outside), drawn_segments(axes)
+    added = [choice.costs_alone(label, lines) for label in range(len(labels))]
+    return replace(choice, costs=choice.costs + added)
 
 
-def hiding_costs(boxes: np.ndarray, points: np.ndarray, lines: np.ndarray) -> np.ndarray:
-    """Return what it costs [n,k] that boxes [n,k,2,2] hide points [n,2] and lines [s,2,2]."""
-    markers = np.stack([points - MARKER, points + MARKER], 1)
-    starts, ends = lines[:, 0], lines[:, 1]
-    on_points = [boxes_overlap(each[:, None], markers).sum(-1) for each in boxes]
-    on_lines = [segments_cross_boxes(starts, ends, each[:, None]).sum(-1) for each in boxes]
-    return HIDES_POINT * np.array(on_points) + HIDES_LINE * np.array(on_lines)
-
-
-def improved(choice: Choice, order: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-    """Return (the place of each label [n], what it costs there [n]): one after the other, then each again and again."""
-    chosen, count = np.zeros(len(order), dtype=int), len(order)
-    for place, label in enumerate(order):
-        chosen[label] = choice.costs_beside(label, chosen, np.array(order[:place], dtype=int)).argmin()
-    others = [np.delete(np.arange(count), label) for label in range(count)]
+def placed(choice: Choice, order: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return (the place of each label [n], what it costs there [n]), first one by one in order [n], then by turns."""
+    chosen = np.zeros(len(order), dtype=int)
+    for number, label in enumerate(order):
+        chosen[label] = choice.costs_beside(label, chosen, order[:number]).argmin()
+    others = [np.delete(np.arange(len(order)), label) for label in range(len(order))]
     for _ in range(ROUNDS):
         before = chosen.copy()
         for label in order:
             chosen[label] = choice.costs_beside(label, chosen, others[label]).argmin()
         if (chosen == before).all():
             break
-    costs = [choice.costs_beside(label, chosen, others[label])[chosen[label]] for label in range(count)]
+    costs = [choice.costs_beside(label, chosen, beside)[chosen[label]] for label, beside in enumerate(others)]
     return chosen, np.array(costs)
 
 
-def arranged(choice: Choice) -> tuple[np.ndarray, bool]:
-    """Return (the best places that are found [n], whether all labels are apart and inside there)."""
+def best_placed(choice: Choice) -> tuple[np.ndarray, bool]:
+    """Return (the best places [n] that several orders lead to, whether all labels are apart and inside there)."""
     count, random = len(choice.points), np.random.default_rng(0)
-    orders = [np.arange(count), *(random.permutation(count) for _ in range(STARTS - 1))]
-    chosen, costs = min((improved(choice, order) for order in orders), key=lambda found: found[1].sum())
+    orders = [random.permutation(count) for _ in range(min(ORDERS, max(2, ORDERS * MANY // count)))]
+    tried = [placed(choice, order) for order in orders]
+    chosen, costs = min(tried, key=lambda found: found[1].sum())
     return chosen, bool((costs < OVERLAP).all())
 
 
 def place_labels(figure, labels: Sequence[tuple[Any, Sequence[Label]]]) -> None:
     """Write the labels of each (axes, labels) near their points, inside the axes and over no other.
 
-    The figure grows until all find room. Its axes must not change afterwards.
+    The figure grows until all find room, and at most GROWTHS times. Its axes must not change afterwards.
     """
     labels = [(axes, each) for axes, each in labels if each]
-    while True:
+    for growth in range(GROWTHS + 1):
+        if growth:
+            figure.set_size_inches(GROWTH * figure.get_size_inches())
         choices = [choice_of(axes, each) for axes, each in labels]
-        found = [arranged(choice) for choice in choices]
-        if all(fits for _, fits in found) or max(figure.get_size_inches()) * GROWTH > MOST_INCHES:
+        found = [best_placed(choice) for choice in choices]
+        if all(fits for _, fits in found):
             break
-        figure.set_size_inches(GROWTH * figure.get_size_inches())
     for (axes, each), choice, (chosen, _) in zip(labels, choices, found, strict=True):
         for number, (label, place) in enumerate(zip(each, chosen, strict=True)):
             shift = (choice.centres[number, place] - choice.points[number]) * 72 / figure.dpi
             arrow = {"arrowstyle": "-", "linewidth": 0.5, "color": label.colour} if choice.leaders[place] else None
-            where = {"xy": label[:2], "xytext": shift, "textcoords": "offset points", "arrowprops": arrow}
-            axes.annotate(label.text, **where, **text_style(label)).set_in_layout(False)
+            at: dict[str, Any] = {"xytext": shift, "textcoords": "offset points", "arrowprops": arrow}
+            axes.annotate(label.text, label[:2], **at, **text_style(label)).set_in_layout(False)

@@ -1,4 +1,4 @@
-"""Pictures: a sweep, an attribution, and a layer's keys and values before and after quantization."""
+"""Pictures: a sweep, formats compared, an attribution, and a layer's keys and values before and after quantization."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import quant_utils as qu
 from quant_utils import Setting, Site, UserError
 from simquant import report, tables
 from simquant.files import write_atomically
-from simquant.labels import Label, place_labels, quiet_fonts
+from simquant.labels import MANY, Label, place_labels, quiet_fonts
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Okabe and Ito: told apart by everyone
 MARKERS = "os^Dv*"
@@ -39,13 +39,19 @@ def drawable(text: str) -> str:
 
 
 def heading(flags, sites: Iterable[Site]) -> str:
-    """Return the title of a picture: the model's name, and what keys and values go through, whatever the width."""
+    """Return the title of a picture: the model's name, and what keys and values go through, whatever the width.
+
+    Of several formats, which have their names in the picture, it says what flags ask of all of them.
+    """
     words: dict[str, str] = {}  # {part: of its quantizer}
-    for setting in flags.plan().settings(sites).values():
+    settings = flags.plan().settings(sites)
+    are_several = len({row.format for row in settings if not row.is_unquantized}) > 1
+    for setting in () if are_several else settings.values():
         words |= {site.part: str(quantizer) for site, quantizer in setting.items()}
     parts = [part for part in qu.PARTS if part in words]
     by_words = {words[part]: " and ".join(each for each in parts if words[each] == words[part]) for part in parts}
     lines = [flags.model.rstrip("/").rpartition("/")[2], *(f"{named}: {each}" for each, named in by_words.items())]
+    lines += [f"with {' and '.join(flags.options())}"] * bool(are_several and flags.options())
     lines += [f"unquantized layers: {', '.join(map(str, flags.skip_layers))}"] * bool(flags.skip_layers)
     return "\n".join(textwrap.fill(drawable(line), 100) for line in lines)
 
@@ -127,13 +133,16 @@ def draw_formats(rows: Sequence[Mapping], title: str = ""):
     from matplotlib.figure import Figure
 
     titles = titles_of(rows)
-    figure = Figure(figsize=(11, 7 * len(titles)), dpi=DPI, layout="constrained")
+    size = max(1, len(rows) / len(titles) / MANY) ** 0.5  # as much room for a name, however many there are
+    figure = Figure(figsize=(12 * size, 8 * size * len(titles)), dpi=DPI, layout="constrained")
     panels = figure.subplots(len(titles), 1, squeeze=False)[:, 0]
     labels = [
         (axes, draw_panel(axes, [row for row in rows if row["dataset"] == dataset], text))
         for (dataset, text), axes in zip(titles.items(), panels, strict=True)
     ]
     figure.suptitle(title, fontsize=9)
+    if handles := panels[0].get_legend_handles_labels()[0]:
+        figure.legend(handles=handles, loc="outside lower center")
     place_labels(figure, labels)
     return figure
 
@@ -144,14 +153,13 @@ def draw_panel(axes, rows: Sequence[Mapping], title: str) -> list[Label]:
     best = [rows[number] for number in tables.front(rows)]
     shown = [row for row in rows if row["abits"] != tables.UNQUANTIZED]
     rest = [row for row in shown if row not in best]
-    style: dict[str, Any] = {"linestyle": "none", "markersize": 5, "elinewidth": 1, "capsize": 2}
+    style: dict[str, Any] = {"linestyle": "none", "markersize": 4, "elinewidth": 1, "capsize": 2}
     for mine, colour, marker in ((rest, COLOURS[0], "o"), (best, COLOURS[1], "D")):
         at = [bits_of(row) for row in mine], [row[name] for row in mine]
         axes.errorbar(*at, errors_of(mine, name), color=colour, marker=marker, **style)
     if best:
         corners = sorted((row["avg_bits"], row[name]) for row in best)
         axes.step(*zip(*corners, strict=True), where="post", color=COLOURS[1], linewidth=1, label="Pareto front")
-        axes.legend(loc="upper right")
     set_scale(axes, shown, name)
     axes.set_xlabel("average bits per cached entry")
     axes.set_ylabel("perplexity (± SE)" if name == "ppl" else "increase of perplexity (± SE)")
@@ -233,7 +241,8 @@ def draw(flags, model, run, setting: Setting) -> None:
     """Save the pictures that the flags ask for; setting is what --plot_activations shows."""
     rows, title = report.all_results(run), heading(flags, run.sites)
     if flags.plot is not None:
-        save_figure(flags.plot, (draw_attribution if flags.attribution else draw_sweep)(rows, title))
+        drawn = draw_formats if len(tables.formats_of(rows)) > 1 else draw_sweep
+        save_figure(flags.plot, (draw_attribution if flags.attribution else drawn)(rows, title))
     if flags.plot_activations is not None:
         window, layer = next(iter(run.texts.values()))[0], drawn_layer(setting, flags.plot_layer)
         save_figure(flags.plot_activations, draw_activations(model, window, setting, layer, title))

@@ -4,8 +4,10 @@ import copy
 import itertools
 import json
 import os
+import random
 import warnings
 import xml.etree.ElementTree as ET
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,6 +18,7 @@ from matplotlib.text import Text
 from quant_utils import ScalarQuantizer
 from simquant import plots
 from simquant.flags import Flags
+from simquant.plans import Row
 from simquant.sites import find_sites
 
 TEXT = ("--datasets", SAMPLE, "--seqlen", "128", "--limit", "6")
@@ -27,12 +30,12 @@ def rows_of(texts=1, widths=WIDTHS, ratio=4.0, error=0.03, first=40.0):
     rows = []
     for number in range(texts):
         unquantized = {"ppl": 16.5 + number, "ppl_se": 0.2, "delta_ppl": 0.0, "delta_ppl_se": 0.0, "avg_bits": 16.0}
-        rows.append({"dataset": f"text{number}.txt", "abits": 16, **unquantized})
+        rows.append({"dataset": f"text{number}.txt", "format": "unquantized", "abits": 16, **unquantized})
         for width in widths:
             bits = sum(map(int, width.split("/"))) / 2 if isinstance(width, str) else width
             delta = first * (1 + number / 10) * ratio**-bits * (1.5 if isinstance(width, str) else 1)
             figures = {"ppl": 16.5 + delta, "delta_ppl": delta, "delta_ppl_se": error * abs(delta)}
-            rows.append({**rows[-1], **figures, "abits": width, "avg_bits": bits + 0.25})
+            rows.append({**rows[-1], **figures, "format": "uniform", "abits": width, "avg_bits": bits + 0.25})
     return rows
 
 
@@ -99,6 +102,130 @@ def test_every_point_has_a_label_over_no_other_and_inside_the_axes(tmp_path, tex
         assert not one.overlaps(other)
     for text, box in boxes.items():
         assert all(axes.bbox.contains(*corner) for corner in box.corners()), text
+
+
+COMPARED = (  # {format: (bits an entry, increase of perplexity)}, about as formats of 2 to 8 bits do
+    "fp8 8 .002, fp8_e5m2 8 .01, int8_per_token_head 8.25 .001, q8_0 8.5 .0005, q8_0_rot 8.5 .0005, mxfp8 8.25 .003,"
+    "fp8_per_token_head 8.25 .002, turbomind8 8.25 .0008, turboquant_k8v4 6.5 .02, q5_1 6 .02, q5_0 5.5 .03,"
+    "q5_1_rot 6 .018, q5_0_rot 5.5 .026, q4_1 5 .07, q4_1_rot 5 .06, q4_0 4.5 .09, q4_0_rot 4.5 .07, iq4_nl 4.5 .07,"
+    "iq4_nl_rot 4.5 .06, nvfp4 4.5 .08, nvfp4_scale1 4.5 .2, mxfp4 4.25 .4, int4_per_token_head 4.25 .08, nf 4 .09,"
+    "turbomind4 4.25 .15, quanto4 4.5 .1, quanto2 2.5 9, hqq4 4.5 .09, kivi4 5.01 .05, kivi2 3.01 .6, uniform 4 .11,"
+    "quarot4 4.2 .1, quarot3 3.2 .5, turboquant4_nc 5.6 .05, turboquant3_nc 4.9 .1, turboquant_k3v4_nc 5.2 .07,"
+    "q8_0/q4_0 6.5 .04"
+)
+FORMATS = {name: (float(bits), float(delta)) for name, bits, delta in map(str.split, COMPARED.split(","))}
+ON_FRONT = [  # of COMPARED, from few bits to many
+    "quanto2", "kivi2", "quarot3", "nf", "int4_per_token_head", "iq4_nl_rot", "kivi4", "q5_0_rot", "q5_1_rot", "fp8",
+    "turbomind8", "q8_0", "q8_0_rot",
+]  # fmt: skip
+
+
+def rows_of_formats(formats, error=0.1, dataset="text.txt"):
+    """Rows of a comparison of {format: (bits, increase)}, where standard errors are this share, or 0.001."""
+    rows = rows_of(widths=())
+    for name, (bits, delta) in formats.items():
+        figures = {"avg_bits": bits, "ppl": 16.5 + delta, "delta_ppl": delta, "delta_ppl_se": max(error * delta, 0.001)}
+        rows.append({**rows[0], **figures, "format": name, "abits": int(bits)})
+    return [row | {"dataset": dataset} for row in rows]
+
+
+def random_formats(seed, count=40):
+    """Formats of which many need as many bits, and some are long."""
+    draw = random.Random(seed)
+    names = [f"{draw.choice(['q', 'mxfp', 'some_long_name_of_a_format'])}{number}" for number in range(count)]
+    return {name: (draw.choice([3, 4, 4.25, 4.5, 8.5]), 10 ** draw.uniform(-3, 1)) for name in names}
+
+
+def assert_all_is_named(axes, named):
+    """Each of {name: (x, y)} stands once in axes, belongs to its point, and lies over no other and inside."""
+    axes.figure.draw_without_rendering()
+    boxes = {text: Text.get_window_extent(text) for text in axes.texts}  # without the line to its point
+    assert sorted((text.get_text(), *text.xy) for text in boxes) == sorted((name, *at) for name, at in named.items())
+    for one, other in itertools.combinations(boxes, 2):
+        assert not boxes[one].overlaps(boxes[other]), (one, other)
+    for text, box in boxes.items():
+        assert all(axes.bbox.contains(*corner) for corner in box.corners()), text
+
+
+@pytest.mark.parametrize("formats", [FORMATS, *map(random_formats, range(3))], ids=["known", "0", "1", "2"])
+def test_every_format_has_its_name_over_no_other_and_inside_the_axes(tmp_path, formats):
+    figure = plots.draw_formats(rows_of_formats(formats), "a title\nof two lines")
+    plots.save_figure(str(tmp_path / "a.png"), figure)
+    assert_all_is_named(figure.axes[0], formats)
+
+
+def test_the_front_is_a_line_through_bold_names():
+    figure = plots.draw_formats(rows_of_formats(FORMATS), "a title")
+    (axes,) = figure.axes
+    bold = {text.get_text() for text in axes.texts if text.get_weight() == "bold"}
+    assert bold == {*ON_FRONT} and axes.get_yscale() == "symlog" and figure.get_suptitle() == "a title"
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["Pareto front"]
+    (line,) = (line for line in axes.lines if line.get_label() == "Pareto front")
+    assert [*zip(*line.get_data(), strict=True)] == [FORMATS[name] for name in ON_FRONT]
+    assert "16.50" in axes.get_title()
+
+
+def test_each_dataset_has_its_panel_and_formats_of_several_widths_tell_them():
+    other = {"q4_0": (4.5, 0.2), "q8_0": (8.5, 0.01)}
+    rows = rows_of(widths=(4, 3)) + rows_of_formats(other, dataset="other.txt")
+    rows.insert(3, rows[1] | {"format": "q4_0", "avg_bits": 4.5})
+    first, second = plots.draw_formats(rows).axes
+    at = [(row["avg_bits"], row["delta_ppl"]) for row in rows]
+    assert_all_is_named(first, {"uniform 4-bit": at[1], "uniform 3-bit": at[2], "q4_0": at[3]})
+    assert_all_is_named(second, other)
+    assert first.get_title().startswith("text0.txt") and second.get_title().startswith("other.txt")
+
+
+@pytest.mark.parametrize("unknown", ["delta_ppl_se", "avg_bits", "delta_ppl"])
+def test_a_comparison_without_errors_bits_or_differences_is_drawn(tmp_path, unknown):
+    formats = {name: FORMATS[name] for name in ("fp8", "q8_0", "q4_0", "nf", "kivi2")}
+    rows = [row | ({unknown: None} if row["abits"] != 16 else {}) for row in rows_of_formats(formats)]
+    rows = rows[1:] if unknown == "delta_ppl" else rows
+    figure = plots.draw_formats(rows)
+    plots.save_figure(str(tmp_path / "a.svg"), figure)
+    y = "ppl" if unknown == "delta_ppl" else "delta_ppl"
+    named = {row["format"]: (row["avg_bits"] or 16, row[y]) for row in rows if row["abits"] != 16}
+    assert_all_is_named(figure.axes[0], named)
+    assert len(figure.legends) == (unknown == "delta_ppl_se")
+
+
+@pytest.mark.parametrize(
+    ("rows", "attribution", "drawn"),
+    [
+        (rows_of(widths=(4, 3)), False, "draw_sweep"),
+        (rows_of(widths=(4, 3)), True, "draw_attribution"),
+        (rows_of_formats({"q4_0": (4.5, 0.2), "q8_0": (8.5, 0.01)}), False, "draw_formats"),
+        (rows_of_formats({"q4_0": (4.5, 0.2)}), False, "draw_sweep"),
+    ],
+)
+def test_the_picture_is_that_of_what_is_compared(monkeypatch, rows, attribution, drawn):
+    saved = []
+    for name in ("draw_sweep", "draw_attribution", "draw_formats"):
+        monkeypatch.setattr(plots, name, lambda *given, name=name: (name, *given))
+    monkeypatch.setattr(plots, "save_figure", lambda *given: saved.append(given))
+    monkeypatch.setattr(plots, "heading", lambda flags, sites: "a title")
+    monkeypatch.setattr(plots.report, "all_results", lambda run: rows)
+    flags = SimpleNamespace(plot="a.png", plot_activations=None, attribution=attribution)
+    plots.draw(flags, None, SimpleNamespace(sites=[]), {})
+    assert saved == [("a.png", (drawn, rows, "a title"))]
+
+
+def test_a_title_of_several_formats_leaves_their_settings_to_their_names(model):
+    sites, named = find_sites(model), {"uniform": ScalarQuantizer("token"), "nf": ScalarQuantizer("token", levels="nf")}
+    settings = {Row(name, 4, "keys and values"): dict.fromkeys(sites, each) for name, each in named.items()}
+    settings = {Row("unquantized", 16, "nothing"): {}, **settings}
+    options = {"--first_few_fp16": ("sinks", 1), "--include_sparse": ("outliers", 0.01)}
+
+    def title(settings, options):
+        plan = SimpleNamespace(settings=lambda sites: settings)
+        return plots.heading(
+            SimpleNamespace(model="a/b", skip_layers=(0,), plan=lambda: plan, options=lambda: options), sites
+        )
+
+    assert title(settings, options) == "b\nwith --first_few_fp16 and --include_sparse\nunquantized layers: 0"
+    assert title(settings, {}) == "b\nunquantized layers: 0"
+    only = dict([*settings.items()][:2])
+    assert title(only, options) == "b\nkeys and values: uniform per token\nunquantized layers: 0"
 
 
 def test_figures_of_many_magnitudes_have_a_logarithmic_axis_with_every_point_on_it():
