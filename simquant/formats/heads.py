@@ -78,6 +78,18 @@ class HeadQuantizer(Quantizer):
         """Return x [B,H,T,D] fp32 as it is decoded."""
         raise NotImplementedError
 
+    def coded_in(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return the same where the model computes in dtype. Only formats that store scales in it differ."""
+        return self.coded(x)
+
+    @property
+    def extras(self) -> list[str]:
+        """What __str__ says of every format of heads: the transform, and the tokens that stay exact."""
+        words = [f"after a {self.transform} transform"] if self.transform else []
+        if self.sinks:
+            words.append(f"first {self.sinks} tokens exact" if self.sinks > 1 else "first token exact")
+        return [*words, f"latest {self.recent} tokens exact"] if self.recent else words
+
     @property
     def entry_bits(self) -> float:
         """Bits that an entry of a quantized token takes, scales and the like included."""
@@ -90,7 +102,7 @@ class HeadQuantizer(Quantizer):
         heads = x[:, self.sinks :].float().unflatten(-1, (-1, self.head)).transpose(1, 2)  # [B,H,T,D]
         if heads.numel() == 0:
             return Quantized(x)
-        decoded = transformed(self.coded(transformed(heads, self.forward)), self.inverse)
+        decoded = transformed(self.coded_in(transformed(heads, self.forward), x.dtype), self.inverse)
         values = decoded.transpose(1, 2).flatten(2).to(x.dtype)
         return Quantized(torch.cat([x[:, : self.sinks], values], 1))
 
