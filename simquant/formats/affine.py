@@ -22,10 +22,16 @@ STORED_BITS = {"float32": 32, "float16": 16, MODEL: 16}  # {dtype of s and min: 
 Keep = Callable[[Tensor], Tensor]  # rounds fp32 to the dtype in which s and min are stored, and gives fp32 back
 
 
+def rounded(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return fp32 x [...] rounded to dtype, as fp32; what is too large for it becomes the largest that it has."""
+    most = torch.finfo(dtype).max
+    return stored(x.clamp(-most, most).to(dtype)).float()  # stored: a compiler would leave out the detour
+
+
 def keeper(name: str, dtype: torch.dtype) -> Keep:
     """Return what rounds to a dtype of STORED_BITS, where the model computes in dtype."""
     target = dtype if name == MODEL else getattr(torch, name)
-    return lambda x: x if target == torch.float32 else stored(x.to(target)).float()  # else a compiler skips the detour
+    return lambda x: x if target == torch.float32 else rounded(x, target)
 
 
 WIDER = ("refused", "head", "tokens")  # what becomes of a group along a token that is larger than a head

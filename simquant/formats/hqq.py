@@ -19,7 +19,7 @@ def shrunk(error: Tensor) -> Tensor:
     That solves min |e|**LP_NORM + BETA / 2 · (e - error)**2 approximately: large errors stay, small ones vanish.
     """
     size = error.abs()
-    return error.sign() * (size - size.pow(LP_NORM - 1) / BETA).clamp(min=0)
+    return error.sign() * (size - size.pow(LP_NORM - 1) * (1 / BETA)).clamp(min=0)
 
 
 @dataclass(frozen=True, eq=False)

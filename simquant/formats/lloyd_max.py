@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from quant_utils import UserError, borders, nearest, stored
+from quant_utils import UserError, borders, nearest
+from simquant.formats.affine import rounded
 from simquant.formats.heads import HeadQuantizer
 
 
@@ -50,7 +51,7 @@ class LloydMaxQuantizer(HeadQuantizer):
         """See HeadQuantizer."""
         norm = x.norm(dim=-1, keepdim=True)
         found = self.levels[nearest(x / (norm + 1e-8), self.levels)]
-        return stored(norm.half()).float() * (found / found.norm(dim=-1, keepdim=True))
+        return rounded(norm, torch.float16) * (found / found.norm(dim=-1, keepdim=True))
 
     @property
     def entry_bits(self) -> float:
