@@ -128,7 +128,7 @@ def quarot(bits: int) -> Method:
 def turboquant(keys: int, values: int) -> Method:
     """Return TurboQuant as vLLM deploys it: nc is its norm correction; keys of 8 bits are plain e4m3."""
     options = {"bits": keys, "transform": "hadamard"}
-    e4m3 = {"bits": 8, "element": "e4m3"}  # PLACEHOLDER: fixed scale 1, in ScaledQuantizer's own words
+    e4m3 = {"bits": 8, "element": "e4m3", "scale": "fixed"}  # PLACEHOLDER for the caller: ScaledQuantizer's own words
     kind = "keys in fp8 (e4m3)" if keys == 8 else f"rotated keys of {keys} bits on a Lloyd-Max grid"
     return Method(
         about=f"{kind}; values of {values} bits, scale and minimum per token and head",
