@@ -58,9 +58,7 @@ class CalibratedFlags(CalibrationFlags, Flags):
             "--calibrate fits one method: name one in --kv_format":
                 self.calibrate and len(self.kv_format) != 1,
             f"--calibrate has nothing to fit: {', '.join(self.methods())} needs no data":
-                self.calibrate and self.quantizes() and all(
-                    pair.is_fixed and not any(METHODS[name].calibrated for name in pair.methods) for pair in self.kv_format
-                ),
+                self.calibrate and self.quantizes() and not self.is_fitted(),
             "--cap_outliers caps nothing without --include_sparse and --perchannel":
                 self.cap_outliers is not None and not (self.include_sparse and self.perchannel),
             "--export_kvquant writes one width: give one in --abits":
@@ -76,6 +74,11 @@ class CalibratedFlags(CalibrationFlags, Flags):
         """The files that --quantizer_path names: several between commas."""
         path = self.quantizer_path
         return () if path is None else (path,) if os.path.exists(path) else tuple(path.split(","))
+
+    def is_fitted(self) -> bool:
+        """Return whether a calibration has something to fit in some format: its levels, or its ranges."""
+        fitted = any(METHODS[name].calibrated for name in self.methods())
+        return fitted or not all(pair.is_fixed for pair in self.kv_format)
 
     def needs_file(self) -> bool:
         """Return whether no format of the list does without a fit, or one that the command names cannot."""

@@ -107,7 +107,7 @@ def results(run: Run, dataset: str) -> list[dict]:
             **counts, "seconds": run.seconds[dataset] / len(run.rows),
             **(difference if run.is_paired else dict.fromkeys(difference)),
             **{name: or_none(mean) for name, mean in means.items()}, **storage_cost(means, run),
-            **{f"window_{name}": [or_none(x) for x in each] for name, each in windows.items() if has_figure(each, name)},
+            **{f"window_{name}": list(map(or_none, each)) for name, each in windows.items() if has_figure(each, name)},
         })  # fmt: skip
     return made
 

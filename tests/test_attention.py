@@ -1,4 +1,4 @@
-"""The site after RoPE and the residual window: one pass gives what decoding token by token through such a cache gives."""
+"""The site after RoPE and the residual window: one pass is decoding token by token through such a cache."""
 
 import pytest
 import torch

@@ -19,6 +19,7 @@ from quant_utils import ScalarQuantizer
 from simquant import plots
 from simquant.flags import Flags
 from simquant.plans import Row
+from simquant.plans import Pair
 from simquant.sites import find_sites
 
 TEXT = ("--datasets", SAMPLE, "--seqlen", "128", "--limit", "6")

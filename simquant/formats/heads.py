@@ -78,6 +78,10 @@ class HeadQuantizer(Quantizer):
         """Return x [B,H,T,D] fp32 as it is decoded."""
         raise NotImplementedError
 
+    def coded_in(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return the same where the model computes in dtype. Only formats that store scales in it differ."""
+        return self.coded(x)
+
     @property
     def extras(self) -> list[str]:
         """What __str__ says of every format of heads: the transform, and the tokens that stay exact."""
@@ -103,7 +107,7 @@ class HeadQuantizer(Quantizer):
         heads = self.heads(x)
         if heads.numel() == 0:
             return Quantized(x)
-        decoded = transformed(self.coded(heads), self.inverse)
+        decoded = transformed(self.coded_in(heads, x.dtype), self.inverse)
         values = decoded.transpose(1, 2).flatten(2).to(x.dtype)
         return Quantized(torch.cat([x[:, : self.sinks], values], 1))
 
