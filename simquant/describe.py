@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from quant_utils import Setting, Site
+from quant_utils import PARTS, Setting, Site
 from simquant import memory, models, prefixes, report, tables, texts
 from simquant.sites import PlacedSite, layers_without_attention
 
@@ -13,7 +14,8 @@ from simquant.sites import PlacedSite, layers_without_attention
 def print_results(model, config, flags, settings: Mapping[Any, Setting], run: report.Run) -> None:
     """Print the table of a run, what its columns are, and what was measured how."""
     rows = report.all_results(run)
-    print(tables.table(rows, flags.columns))
+    order = flags.sort or ("bits" if len(tables.formats_of(rows)) > 1 else "given")
+    print(tables.table(tables.sorted_rows(rows, order), flags.columns))
     against = "Δ: from the unquantized model, on the same tokens; KL in nats; " if run.is_paired else ""
     print(f"\n±: standard error; {against}GiB: of a cache of {run.context} tokens")
     if len(tables.formats_of(rows)) > 1 and tables.front(rows):
@@ -31,15 +33,20 @@ def print_settings(model, config, flags, settings: Mapping[Any, Setting]) -> Non
     print(f"{flags.model}: {line}, windows of {flags.seqlen} tokens")
     for dataset in flags.datasets:
         print(texts.about(dataset, texts.bos_of(flags, config)))
-    print_quantizers(settings)
+    formats = list(dict.fromkeys(row.format for row in settings if not row.is_unquantized))
+    if len(formats) == 1:
+        print_quantizers(settings)
 
 
 def print_quantizers(settings: Mapping[Any, Setting]) -> None:
-    """Print a line for keys and one for values: their widths, and how they are quantized."""
-    for part in ("keys", "values"):
-        mine = [q for setting in settings.values() for site, q in setting.items() if site.part == part]
+    """Print a line for keys and one for values of each format: their widths, and how they are quantized."""
+    formats = list(dict.fromkeys(row.format for row in settings if not row.is_unquantized))
+    for name, part in itertools.product(formats, PARTS):
+        held = [setting for row, setting in settings.items() if row.format == name]
+        mine = [q for setting in held for site, q in setting.items() if site.part == part]
         if mine:
-            print(f"{part}: {', '.join(map(str, dict.fromkeys(q.bits for q in mine)))}-bit {mine[0]}")
+            start = f"{name}, {part}" if len(formats) > 1 else part
+            print(f"{start}: {', '.join(map(str, dict.fromkeys(q.bits for q in mine)))}-bit {mine[0]}")
 
 
 def print_hybrid(model, found: Sequence[Site]) -> None:
@@ -67,7 +74,17 @@ def print_plan(flags, shape, found: Sequence[PlacedSite], settings: Mapping[Any,
     weights, free, held = (f"{size / 2**30:.2f} GiB" for size in sizes)
     print(f"weights: {weights}; {free} are free on {device}")
     print(f"cache of {flags.report_context} tokens in 16 bits: {held}")
+    if any(quantizer.recent for setting in settings.values() for quantizer in setting.values()):
+        size = window_bytes(shape, found, flags.seqlen) / 2**20
+        print(f"residual windows: attention reads up to three copies, {size:.1f} MiB more for each window of a batch")
     count, size = prefixes.storage(shape, list(settings.values()), flags.seqlen, device)
     if count:
         each = f"{size / 2**20:.1f} MiB for each window of a batch"
         print(f"stored for rows that start at a later layer: the inputs of {count} layers, {each}")
+
+
+def window_bytes(shape, found: Sequence[Site], tokens: int) -> int:
+    """Return what two more copies of keys and values take in one layer, for every head of queries, and the mask."""
+    config = shape.config.get_text_config(decoder=True)
+    entries = 2 * 2 * tokens * config.num_attention_heads * max(site.head_dim for site in found)
+    return entries * shape.dtype.itemsize + 3 * tokens**2

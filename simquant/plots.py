@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor
 
 import quant_utils as qu
-from quant_utils import Setting, Site, UserError
+from quant_utils import Setting, UserError
 from simquant import report, tables
 from simquant.files import write_atomically
 from simquant.labels import MANY, Label, place_labels, quiet_fonts
@@ -38,13 +38,12 @@ def drawable(text: str) -> str:
     return text.encode("utf-8", "backslashreplace").decode().replace("$", r"\$")
 
 
-def heading(flags, sites: Iterable[Site]) -> str:
+def heading(flags, settings: Mapping[Any, Setting]) -> str:
     """Return the title of a picture: the model's name, and what keys and values go through, whatever the width.
 
     Of several formats, which have their names in the picture, it says what flags ask of all of them.
     """
     words: dict[str, str] = {}  # {part: of its quantizer}
-    settings = flags.plan().settings(sites)
     are_several = len({row.format for row in settings if not row.is_unquantized}) > 1
     for setting in () if are_several else settings.values():
         words |= {site.part: str(quantizer) for site, quantizer in setting.items()}
@@ -237,9 +236,9 @@ def draw_activations(model, window: Tensor, setting: Setting, layer: int, title:
     return figure
 
 
-def draw(flags, model, run, setting: Setting) -> None:
-    """Save the pictures that the flags ask for; setting is what --plot_activations shows."""
-    rows, title = report.all_results(run), heading(flags, run.sites)
+def draw(flags, model, run, settings: Mapping[Any, Setting], setting: Setting) -> None:
+    """Save the pictures that the flags ask for, of all settings; of setting that of --plot_activations."""
+    rows, title = report.all_results(run), heading(flags, settings)
     if flags.plot is not None:
         drawn = draw_formats if len(tables.formats_of(rows)) > 1 else draw_sweep
         save_figure(flags.plot, (draw_attribution if flags.attribution else drawn)(rows, title))

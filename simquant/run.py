@@ -115,7 +115,7 @@ def evaluate(flags: Flags, given: Mapping[str, Any], sources: Sequence[Source] =
     with prefixes.stored(model, list(settings.values())):
         failures = [measure_compiled(model, run, settings, flags, file)]
     if processes.index() == 0:
-        failures.append(failure_of(lambda: plots.draw(flags, model, run, narrowest(settings))))
+        failures.append(failure_of(lambda: plots.draw(flags, model, run, settings, narrowest(settings))))
         describe.print_results(model, config, flags, settings, run)
     for failure in filter(None, failures):
         raise failure

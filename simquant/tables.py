@@ -16,11 +16,12 @@ COLUMNS = {  # {figure: (heading, format)} of all that can be printed, under its
     "delta_ppl": ("Δppl", "+.4f"), "delta_ppl_se": ("±", ".4f"),
     "delta_percent": ("Δppl%", "+.2f"), "delta_percent_se": ("±%", ".2f"),
     "kl": ("KL", ".6f"), "top1_agreement": ("top-1", ".2%"),
-    "cache_gib": ("GiB", ".3f"), "fp16_cache_gib": ("fp16 GiB", ".3f"),
+    "saturation": ("clipped", ".3%"), "cache_gib": ("GiB", ".3f"), "fp16_cache_gib": ("fp16 GiB", ".3f"),
     "windows": ("windows", ""), "tokens": ("tokens", ""), "seconds": ("seconds", ".1f"),
 }  # fmt: skip
 USUAL = (
-    "avg_bits", "ppl", "ppl_se", "delta_ppl", "delta_ppl_se", "delta_percent", "kl", "top1_agreement", "cache_gib",
+    "avg_bits", "ppl", "ppl_se", "delta_ppl", "delta_ppl_se", "delta_percent", "kl", "top1_agreement", "saturation",
+    "cache_gib",
 )  # fmt: skip
 AGAINST = {
     "delta_ppl",

@@ -18,8 +18,7 @@ from matplotlib.text import Text
 from quant_utils import ScalarQuantizer
 from simquant import plots
 from simquant.flags import Flags
-from simquant.plans import Row
-from simquant.plans import Pair
+from simquant.plans import Pair, Row
 from simquant.sites import find_sites
 
 TEXT = ("--datasets", SAMPLE, "--seqlen", "128", "--limit", "6")
@@ -270,7 +269,8 @@ def heading_of(shape, abits=((4, 4),), **flags):
     """The title of a run with these flags."""
     from simquant.plans import Width
 
-    return plots.heading(Flags(abits=tuple(Width(*each) for each in abits), **flags), find_sites(shape))
+    chosen = Flags(abits=tuple(Width(*each) for each in abits), **flags)
+    return plots.heading(chosen, chosen.plan().settings(find_sites(shape)))
 
 
 def test_the_heat_map_has_the_activations_and_marks_the_outliers(model, windows):

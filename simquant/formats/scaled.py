@@ -14,9 +14,10 @@ from functools import partial
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from quant_utils import Tap, UserError, is_vector, stored
+from quant_utils import Quantized, Tap, UserError, is_vector, stored
 from simquant.formats.heads import HeadQuantizer, finite_or_zero, half_away
 
 # -- What x / scale is rounded to
@@ -184,12 +185,14 @@ class ScaledQuantizer(HeadQuantizer):
     group    channels that share a scale; 0 for the head of a token, None for all tokens of all heads
     scale    one of SCALES
     amax     [H] the greatest magnitude of every head's calibration activations, if the scale is calibrated and fitted
+    counts_clipped  whether quantize tells which entries lie beyond what their scale can express
     """
 
     element: str = "e4m3"
     group: int | None = None
     scale: str = "fixed"
     amax: Tensor | None = None
+    counts_clipped: bool = False
 
     def __post_init__(self):
         super().__post_init__()
@@ -229,6 +232,14 @@ class ScaledQuantizer(HeadQuantizer):
         """See HeadQuantizer."""
         unit, scale = self.scaled(x)
         return (ELEMENTS[self.element].round(unit) * scale).reshape(x.shape)
+
+    def quantize(self, x: Tensor, taps: Mapping[tuple[int, str], Tap] = {}) -> Quantized:
+        """See HeadQuantizer."""
+        given = super().quantize(x, taps)
+        if not self.counts_clipped or x.shape[1] <= self.sinks:
+            return given
+        clipped = self.clipped(self.heads(x)).transpose(1, 2).flatten(2)
+        return given._replace(clipped=F.pad(clipped, (0, 0, self.sinks, 0)))
 
     def clipped(self, x: Tensor) -> Tensor:
         """Return bool [B,H,T,D]: the entries of heads x that lie beyond the greatest element times their scale."""
