@@ -3,6 +3,7 @@
 and beside peers: a plain loop over model(ids), the published arithmetic in our hooks, and the time that memory takes.
 
     python3 tests/benchmarks/bench_gpu.py                                       what one GPU shows, but for:
+    python3 tests/benchmarks/bench_gpu.py --formats [NAME ...]                  what each named format costs
     python3 tests/benchmarks/bench_gpu.py --job                                 a whole evaluation, in a new process
     accelerate launch --num_processes 4 tests/benchmarks/bench_gpu.py --scale   one GPU against all
 
@@ -17,6 +18,7 @@ from pathlib import Path
 
 import torch
 import transformers
+from torch._dynamo.utils import counters
 from torch.profiler import ProfilerActivity, profile
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -26,6 +28,7 @@ import peers  # noqa: E402
 
 import quant_utils as qu  # noqa: E402
 from simquant import memory, prefixes, processes, report, sites, speed  # noqa: E402
+from simquant.methods import METHODS  # noqa: E402
 from simquant.plans import BASELINE, Pair, Plan, Width  # noqa: E402
 from simquant.run import measure  # noqa: E402
 
@@ -298,6 +301,26 @@ def attribution(model, window):
     print(f"its figures are {'the same bits' if torch.equal(*figures.values()) else 'DIFFERENT'}")
 
 
+def formats(model, names):
+    """Each named format beside the unquantized loop, and how long its graph takes to compile; all if none is named."""
+    windows, unquantized = random_windows(4), dynamic(model, 16)
+    table("format", "compile s", "graphs", "ms", "ratio", "GiB")
+    with speed.compiled(model):
+        loop(model, windows, unquantized)
+        weights = torch.cuda.memory_allocated()
+        for name in names or [name for name, method in METHODS.items() if not method.calibrated]:
+            ((_, setting),) = (
+                Plan([Pair(name, name)], [Width(4, 4)], AXES, {}).settings(sites.find_sites(model)).items()
+            )
+            each, graphs = (unquantized[0], qu.on_device(setting)), counters["stats"]["unique_graphs"]
+            taken, _ = seconds(lambda each=each: loop(model, windows[:1], each))
+            peak_gib(weights)
+            turns = [[seconds(lambda s=s: loop(model, windows, s))[0] for s in (unquantized, each)] for _ in range(3)]
+            plain, ours = (statistics.median(turn) for turn in zip(*turns, strict=True))
+            cells = f"{taken:.1f}", str(counters["stats"]["unique_graphs"] - graphs), f"{250 * ours:.2f}"
+            table(name, *cells, f"{ours / plain:.3f}", f"{peak_gib(weights):.2f}")
+
+
 def scale(model):
     """The loop on the main process's GPU alone, then on those of all; both without compilation time."""
     count, main = processes.count(), processes.index() == 0
@@ -326,6 +349,8 @@ if __name__ == "__main__":
         print(f"torch {torch.__version__}, transformers {transformers.__version__}, {torch.cuda.get_device_name()}")
     if "--scale" in sys.argv:
         scale(model)
+    elif "--formats" in sys.argv:
+        formats(model, sys.argv[sys.argv.index("--formats") + 1 :])
     elif "--job" in sys.argv:
         whole_job(model)
     else:
