@@ -71,7 +71,7 @@ def choices(windows: dict[str, Window | None], tokens: int, device: torch.device
     kinds = [(False, False), (True, True)]
     kinds += [] if covers(of_values, of_keys) else [(True, False)]
     kinds += [] if covers(of_keys, of_values) else [(False, True)]
-    return [(key, value, (keys == key) & (values == value)) for key, value in kinds]
+    return [(key, value, (keys if key else ~keys) & (values if value else ~values)) for key, value in kinds]
 
 
 def seen_exact(window: Window | None, tokens: int, device: torch.device) -> Tensor:

@@ -99,16 +99,16 @@ class HeadQuantizer(Quantizer):
         """Return [B,H,T,D] fp32: the heads of x [B,T,C] as they are coded, transformed and without the sinks."""
         if x.shape[-1] % self.head:
             raise UserError(f"heads of {self.head} channels do not divide {x.shape[-1]}")
-        heads = x[:, self.sinks :].float().unflatten(-1, (-1, self.head)).transpose(1, 2)
-        return transformed(heads, self.forward)
+        body = transformed(x[:, self.sinks :].float(), self.forward)  # tokens first: one product of two matrices
+        return body.unflatten(-1, (-1, self.head)).transpose(1, 2)
 
     def quantize(self, x: Tensor, taps: Mapping[tuple[int, str], Tap] = {}) -> Quantized:
         """See Quantizer. The result is rounded to x's own dtype."""
         heads = self.heads(x)
         if heads.numel() == 0:
             return Quantized(x)
-        decoded = transformed(self.coded_in(heads, x.dtype), self.inverse)
-        values = decoded.transpose(1, 2).flatten(2).to(x.dtype)
+        decoded = self.coded_in(heads, x.dtype).transpose(1, 2).flatten(2)
+        values = transformed(decoded, self.inverse).to(x.dtype)
         return Quantized(torch.cat([x[:, : self.sinks], values], 1))
 
     def cost(self, tokens: int, channels: int) -> float:
@@ -118,7 +118,7 @@ class HeadQuantizer(Quantizer):
 
 
 def transformed(x: Tensor, matrix: Tensor | None) -> Tensor:
-    """Return x [...,D] with every n neighbouring channels multiplied by matrix [n,n]; x itself if there is none."""
+    """Return x [...,C] with every n neighbouring channels multiplied by matrix [n,n]; x itself if there is none."""
     return x if matrix is None else (x.unflatten(-1, (-1, len(matrix))) @ matrix).flatten(-2)
 
 
