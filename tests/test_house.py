@@ -49,7 +49,7 @@ def test_imports_run_downwards(file):
 
 def test_no_file_but_the_core_is_long():
     lines = {file.name: len(file.read_text(encoding="utf-8").splitlines()) for file in FILES}
-    assert lines.pop("quant_utils.py") <= 850 and [name for name, count in lines.items() if count > 260] == []
+    assert lines.pop("quant_utils.py") <= 940 and [name for name, count in lines.items() if count > 260] == []
 
 
 def test_the_top_level_is_fixed():

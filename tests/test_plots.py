@@ -206,7 +206,7 @@ def test_the_picture_is_that_of_what_is_compared(monkeypatch, rows, attribution,
     monkeypatch.setattr(plots, "heading", lambda flags, sites: "a title")
     monkeypatch.setattr(plots.report, "all_results", lambda run: rows)
     flags = SimpleNamespace(plot="a.png", plot_activations=None, attribution=attribution)
-    plots.draw(flags, None, SimpleNamespace(sites=[]), {})
+    plots.draw(flags, None, SimpleNamespace(sites=[]), {}, {})
     assert saved == [("a.png", (drawn, rows, "a title"))]
 
 
@@ -219,7 +219,7 @@ def test_a_title_of_several_formats_leaves_their_settings_to_their_names(model):
     def title(settings, options):
         plan = SimpleNamespace(settings=lambda sites: settings)
         return plots.heading(
-            SimpleNamespace(model="a/b", skip_layers=(0,), plan=lambda: plan, options=lambda: options), sites
+            SimpleNamespace(model="a/b", skip_layers=(0,), options=lambda: options), plan.settings(sites)
         )
 
     assert title(settings, options) == "b\nwith --first_few_fp16 and --include_sparse\nunquantized layers: 0"

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import DYNAMIC_SCRIPT, NANO, SAMPLE, measured, run_script
+from conftest import DYNAMIC_SCRIPT, NANO, SAMPLE, measured, run_script, same_bits
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_models import split  # noqa: F401, a fixture
@@ -52,7 +52,7 @@ def compare(model, windows, rows, batch_size=1):
     own = list(prefixes.decoder_list(model))
     with prefixes.stored(model, rows):
         figures, passes = watched(model, windows, rows, batch_size)
-    assert torch.equal(figures.nan_to_num(-1), plain.nan_to_num(-1))
+    assert same_bits(figures.nan_to_num(-1), plain.nan_to_num(-1))
     assert list(prefixes.decoder_list(model)) == own and "run_body" not in qu.FASTER
     assert all(each == list(range(len(own))) for each in every) and len(every) == len(passes)
     return passes
@@ -126,7 +126,7 @@ def test_no_row_starts_where_a_layer_reads_more_than_the_output_before_it(hooks,
         assert found.useful == exact
         plain = measured(model, windows, *rows)
         with prefixes.stored(model, rows):
-            assert torch.equal(measured(model, windows, *rows), plain)
+            assert same_bits(measured(model, windows, *rows), plain)
     assert list(model.model.layers) == list(layers)
 
 
@@ -137,7 +137,7 @@ def test_a_layer_that_stands_twice_in_the_list_counts_where_it_comes_first():
     assert prefixes.Prefixes(model, rows).starts == [4, 0, 0, 1, 3]
     plain = measured(model, windows, *rows)
     with prefixes.stored(model, rows):
-        assert torch.equal(measured(model, windows, *rows), plain)
+        assert same_bits(measured(model, windows, *rows), plain)
 
 
 def test_a_stand_in_has_the_attributes_of_its_layer():
@@ -204,14 +204,14 @@ def test_compiled_layers_give_the_same_bits_from_the_same_graphs():
         with prefixes.stored(model, settings_of), speed.compiled(model):
             figures.append(measured(model, windows, *rows))
         graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"] - before)
-    assert torch.equal(*figures) and graphs[0] == graphs[1] == 2
+    assert same_bits(*figures) and graphs[0] == graphs[1] == 2
 
 
 def test_layers_whose_weights_wait_elsewhere_are_passed_over_alike(split, model, windows):  # noqa: F811
     rows = attribution(split)
     passes = compare(split, windows[:2, :128], rows)
     assert [layers[0] for layers in passes] == 2 * [0, *(min((s.layer for s in row), default=0) for row in rows[1:])]
-    assert torch.equal(*(measured(each, windows[:1, :128], *attribution(each)) for each in (split, model)))
+    assert same_bits(*(measured(each, windows[:1, :128], *attribution(each)) for each in (split, model)))
 
 
 def test_a_window_that_does_not_fit_beside_what_is_stored_is_measured_without(monkeypatch, recwarn):
@@ -228,7 +228,7 @@ def test_a_window_that_does_not_fit_beside_what_is_stored_is_measured_without(mo
     monkeypatch.setattr(qu, "start_batch", start_batch)
     with prefixes.stored(model, rows):
         figures = torch.cat(list(memory.evaluate_what_fits(model, found, windows, rows, 2)))
-    assert tried == [(2, True), (1, True), *5 * [(1, False)]] and torch.equal(figures, plain)
+    assert tried == [(2, True), (1, True), *5 * [(1, False)]] and same_bits(figures, plain)
     said = [str(each.message) for each in recwarn if each.category is Notice]
     assert [line.split(":")[0] for line in said] == [
         "memory is too short to store inputs of layers", "--batch_size 2 runs out of memory"

@@ -132,7 +132,7 @@ def test_baseline_is_16_in_the_list_and_csv_is_the_table(sweep, tmp_path):
 
 def blank_run(known, windows=6):
     """Return an empty run like the one that a report tells of: its rows, its texts."""
-    rows = list(dict.fromkeys(Row(row["abits"], row["quantized"], row["layer"]) for row in known["results"]))
+    rows = list(dict.fromkeys(Row(*(row[name] for name in Row._fields)) for row in known["results"]))
     sites = [Site(0, part, part, nn.Identity(), 8) for part in ("keys", "values")]
     texts = {row["dataset"]: torch.zeros(windows, 128, dtype=torch.long) for row in known["results"]}
     return report.Run(texts, rows, sites, 1024)
@@ -223,7 +223,7 @@ def test_writing_what_is_measured_takes_little_of_the_time_however_long_the_file
 
 
 def test_the_running_perplexity_is_that_of_all_windows_so_far_also_after_a_resume(monkeypatch):
-    rows, shown = [Row(16, "nothing"), Row(3, "keys")], []
+    rows, shown = [Row("unquantized", 16, "nothing"), Row("uniform", 3, "keys")], []
     whole = report.Run({"a": torch.zeros(9, 4)}, rows, [], 4)
     losses = torch.rand(9, 2, len(FIGURES), dtype=torch.float64)
     whole.add("a", losses[:4], 1.0)

@@ -122,7 +122,7 @@ def test_results_say_their_format_and_the_star_is_explained(monkeypatch, capsys,
     assert [each["format"] for each in report.results(run, "a")] == ["unquantized", *formats]
     for name in ("print_settings", "print_hybrid"):
         monkeypatch.setattr(describe, name, lambda *given: None)
-    flags = SimpleNamespace(columns=tables.USUAL, quantizes=lambda: True)
+    flags = SimpleNamespace(columns=tables.USUAL, sort=None, quantizes=lambda: True)
     describe.print_results(None, None, flags, {}, run)
     printed = capsys.readouterr().out
     assert ("*: Pareto front" in printed) == ("*" in printed.split("\n\n")[0]) == starred
