@@ -177,9 +177,7 @@ def cached_logits(family, ids, found):
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 def test_implementations_of_attention_agree(implementation, windows):
-    model = (
-        AutoModelForCausalLM.from_pretrained(NANO, dtype="float64", attn_implementation=implementation).eval().double()
-    )
+    model = AutoModelForCausalLM.from_pretrained(NANO, dtype="float64", attn_implementation=implementation).eval()
     setting = setting_of(model, "kivi2", recent=32)
     with torch.inference_mode(), qu.quantized(setting):
         ours = model(windows[:1, :96]).logits

@@ -9,7 +9,6 @@ import os
 import pickle
 import pickletools
 import re
-import signal
 import zipfile
 from argparse import ArgumentTypeError
 from dataclasses import dataclass, replace
@@ -25,14 +24,11 @@ from hypothesis import strategies as st
 import quant_utils as qu
 from simquant import kvquant_file, quantizer_file
 from simquant.calibrated_flags import CalibratedFlags, of_the_fit
+from simquant.plans import Pair
 from simquant.sites import find_sites
+from simquant.stored import with_stored
 
-interrupt = signal.getsignal(signal.SIGINT)
-import kvquant_llama3_simquant as script  # noqa: E402, it takes Ctrl-C over
-
-signal.signal(signal.SIGINT, interrupt)
-
-ASKED = {"kv_format": "nuq", "nuq": True, "include_sparse": True, "norm": True, "first_few_fp16": 1}
+ASKED = {"kv_format": (Pair("nuq", "nuq"),), "nuq": True, "include_sparse": True, "norm": True, "first_few_fp16": 1}
 FLAGS = of_the_fit(CalibratedFlags("nano", **ASKED)) | {"abits": [4, 2]}
 OPTIONS = {"levels": "nuq", "outliers": 1 - 0.99, "sinks": 1, "q_norm": True}
 FUZZ = settings(
@@ -91,7 +87,7 @@ def content_of(saved, old_layout, version):
 def read(path, found, model_type="llama"):
     """{row: setting} as an evaluation takes it from a file, with the file's own flags."""
     data = quantizer_file.load(str(path))
-    flags = script.with_stored(CalibratedFlags("nano", quantizer_path=str(path)), {}, data["settings"])
+    flags = with_stored(CalibratedFlags("nano", quantizer_path=str(path)), {}, data["settings"], str(path))
     return quantizer_file.fitted(data, model_type, found, flags.plan().settings(found))
 
 
