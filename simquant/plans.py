@@ -16,7 +16,7 @@ UNQUANTIZED = 16  # bits an entry of the cache that the others are compared with
 PROJECTIONS = {"k_proj": "keys", "v_proj": "values"}  # --perchannel's names, and what they are to the cache
 
 
-SEES_ALL = "a range of the whole window sees the tokens that are not in the cache yet: give --perchannel --pertoken k_proj v_proj"
+SEES_ALL = "a range of the whole window sees tokens to come: give --perchannel --pertoken k_proj v_proj"
 
 
 class Width(NamedTuple):
