@@ -208,6 +208,8 @@ def stored(path: str, known: Mapping, site: Site, plain: Any) -> Quantizer:
             found.quantize(torch.zeros(1, found.sinks + 1, site.channels), {})  # whether it fits so many channels
         if getattr(found, "axis", None) == "channel" and getattr(found, "lo", True) is None:
             raise UserError("its range is missing")
+        if getattr(found, "scale", None) == "calibrated" and getattr(found, "amax", None) is None:
+            raise UserError("its scale is missing")
         return found
     except UserError as error:
         reason = f" ({' '.join(str(error).split())})"

@@ -24,6 +24,7 @@ from hypothesis import strategies as st
 import quant_utils as qu
 from simquant import kvquant_file, quantizer_file
 from simquant.calibrated_flags import CalibratedFlags, of_the_fit
+from simquant.formats.scaled import ScaledQuantizer
 from simquant.plans import Pair
 from simquant.sites import find_sites
 from simquant.stored import with_stored
@@ -482,3 +483,16 @@ def test_a_quantizer_with_sources_loads_though_they_are_not_there(saved, found):
     plain = Dependent("token")
     made = quantizer_file.made_of(quantizer_file.state_of(plain))
     assert quantizer_file.stored("q.pkl", {4: made}, found[1], plain) is made
+
+
+def test_a_calibrated_scale_that_is_missing_and_a_transform_beyond_any_head_are_refused():
+    """Without its scale the format would cast as if it were 1; the matrix of a huge transform would fill memory."""
+    plain = ScaledQuantizer(8, 8, scale="calibrated")
+    site = qu.Site(0, "keys", KEYS, torch.nn.Identity(), 16)
+    with pytest.raises(qu.UserError, match="its scale is missing"):
+        quantizer_file.stored("q.pkl", {8: plain}, site, plain)
+    fitted = plain.fit(torch.randn(1, 3, 16), None, {})
+    assert quantizer_file.stored("q.pkl", {8: fitted}, site, plain) is fitted
+    state = quantizer_file.state_of(plain) | {"head": 2**16, "transform": "hadamard", "span": 2**16}
+    with pytest.raises(qu.UserError, match="at most 1024"):
+        quantizer_file.made_of(state)

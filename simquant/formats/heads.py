@@ -25,6 +25,7 @@ def signs(size: int) -> Tensor:
     return torch.randint(2, (size,), generator=torch.Generator().manual_seed(0)) * 2.0 - 1
 
 
+MOST_SPAN = 1024  # channels that are transformed together
 TRANSFORMS: dict[str, Callable[[int], Tensor]] = {  # {name: the matrix [n,n] that multiplies n channels}
     "hadamard": lambda n: hadamard(n) / n**0.5,
     "signed hadamard": lambda n: hadamard(n) * signs(n)[:, None],  # its channels get random signs first; not normalized
@@ -50,7 +51,7 @@ class HeadQuantizer(Quantizer):
     recent: int = 0
     window: str = "last"
     transform: str | None = None
-    span: int = 1024
+    span: int = MOST_SPAN
     forward: Tensor | None = field(init=False, repr=False, default=None)
     inverse: Tensor | None = field(init=False, repr=False, default=None)
     after_rope = True
@@ -61,6 +62,8 @@ class HeadQuantizer(Quantizer):
             raise UserError(
                 f"no heads of {self.head} channels in {self.bits} bits, {self.sinks} sinks, {self.recent} recent"
             )
+        if self.span > MOST_SPAN:
+            raise UserError(f"a transform of {self.span} channels is larger than any head: at most {MOST_SPAN}")
         if self.window not in WINDOWS or self.transform not in (None, *TRANSFORMS):
             raise UserError(f"there is no window {str(self.window)[:40]!r} and transform {str(self.transform)[:40]!r}")
         if self.transform is not None:
