@@ -35,9 +35,10 @@ def fit(flags: CalibratedFlags, model, windows) -> tuple[dict, dict]:
     from simquant import memory
     from simquant.quantizer_file import Fit
 
-    settings, gradients, fits = flags.plan().settings(run.checked_sites(model, flags)), None, {}
+    (_, settings), gradients, fits = run.settings_of(model, flags, [(flags.plan(), None)]), None, {}
 
     def on_fit(row, site, quantizer, x, given) -> None:
+        """Note how well a quantizer fits its own calibration text."""
         fits[row, site] = Fit.of(quantizer, x, given)
 
     with memory.checkpointing_if_short(model, flags.seqlen):
@@ -59,7 +60,7 @@ def calibrate(flags: CalibratedFlags, given: dict) -> None:
         files.check_replaceable([flags.quantizer_path, flags.export_kvquant], QUANTIZER_FILES)
     config, tokenizer = models.load_config_and_tokenizer(flags.model, flags.revision)
     windows, shape = texts.load_for_calibration(flags, config, tokenizer), models.skeleton(flags, config)
-    settings = flags.plan().settings(sites := run.checked_sites(shape, flags))
+    sites, settings = run.settings_of(shape, flags, [(flags.plan(), None)])
     memory.check_host_memory(windows, settings, shape.dtype)
     if flags.dry_run:
         describe.print_plan(flags, shape, sites, settings, {flags.calib_dataset: windows})

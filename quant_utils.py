@@ -185,6 +185,7 @@ def replaceable(function: Callable) -> Callable:
 
     @functools.wraps(function)
     def chosen(*args):
+        """Call the first faster function that serves, or the one here."""
         for serves, faster in FASTER.get(function.__name__, ()):
             if serves(*args):
                 return faster(*args)
@@ -695,9 +696,11 @@ def record(model, places: Mapping[Site, bool], windows: Tensor, gradients: bool 
     seen = {site: blank.repeat(*windows.shape, site.channels) for site in places}
 
     def keep(site: Site, x: Tensor) -> None:
+        """Copy what passes, or its gradient, to host memory."""
         seen[site][number].copy_(x[0])
 
     def look(site: Site, x: Tensor) -> Tensor:
+        """Keep x [1,T,C] now, or its gradient when that comes."""
         if not gradients:
             keep(site, x)
             return x
@@ -812,6 +815,7 @@ def head(model, output, tokens: slice) -> Tensor:
     blank = torch.zeros(part.last_hidden_state.shape[:2], dtype=torch.long, device=input_device(model))
 
     def passed_over(*args, **kwargs):
+        """Stand in for the body."""
         calls.append(args)
         return part
 
@@ -902,6 +906,7 @@ def start_batch(model, sites: Sequence[Site], ids: Tensor, settings: Sequence[Se
         done.record(torch.cuda.current_stream(ids.device))
 
     def wait() -> Tensor:
+        """Return the figures when the GPU has copied them."""
         if done is not None:
             done.synchronize()
         return figures

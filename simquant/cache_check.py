@@ -58,12 +58,14 @@ def run_once(model, sites: Sequence[PlacedSite]) -> tuple[dict[Site, Tensor], se
     given, came, changed = dict[Site, Tensor](), dict[nn.Module, Tensor](), set[Site]()
 
     def watch(module: Any, args: tuple, out: Tensor, site: PlacedSite) -> None:
+        """Keep what a site gives, and note whether its norm got something else than the projection gave."""
         given[site] = site.read(out)[0].clone()
         before = came.get(site.projection)
         if module is not site.projection and before is not None and not torch.equal(site.read(args[0]), before):
             changed.add(site)
 
     def remember(module: Any, args: tuple, out: Tensor) -> None:
+        """Keep what a projection gives."""
         came[module] = out
 
     ids = few_tokens(model, sites)
@@ -140,6 +142,7 @@ def check_readers(model, sites: Sequence[Site]) -> None:
     kind, seen = type(model).__name__, dict[Site, list[Tensor]]()
 
     def look(site: Site, x: Tensor) -> Tensor:
+        """Keep what an attention layer reads."""
         seen.setdefault(site, []).append(x[0])
         return x
 

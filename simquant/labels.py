@@ -113,7 +113,8 @@ def segments_cross_boxes(starts: np.ndarray, ends: np.ndarray, boxes: np.ndarray
 def segments_cross(a: np.ndarray, b: np.ndarray, c: np.ndarray, d: np.ndarray) -> np.ndarray:
     """Return whether the segments from a to b and from c to d, all [...,2], cross each other [...]."""
 
-    def side(one, other, point):  # positive where point lies left of the line from one to other
+    def side(one, other, point):
+        """Return [...], positive where point lies left of the line from one to other."""
         (x, y), (u, v) = np.moveaxis(other - one, -1, 0), np.moveaxis(point - one, -1, 0)
         return x * v - y * u
 

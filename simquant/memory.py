@@ -133,6 +133,7 @@ def first_overflow(model, ids: Tensor, setting: qu.Setting) -> str | None:
     found: list[str] = []
 
     def look(module: Any, args: tuple, out: Tensor, name: str) -> None:
+        """Note the name of the first module whose output is not finite."""
         if not found and not out.isfinite().all():
             found.append(name)
 

@@ -28,6 +28,7 @@ def notices_only() -> None:
     """Print each Notice as a line on stderr, by one process, and no warning of a library."""
 
     def show(message, *where) -> None:
+        """Print a notice in one line."""
         if processes.index() == 0:
             print(f"warning: {one_line(str(message))}", file=sys.stderr)
 

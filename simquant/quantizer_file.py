@@ -136,6 +136,7 @@ def read_archive(content: bytes) -> Any:
         read: dict[str, Tensor] = {}
 
         def storage(dtype: torch.dtype, key: str, numel: int) -> Tensor:
+            """Return the bytes of a member of the archive as numbers of dtype."""
             if key in read and len(read[key]) > 8 * kvquant_file.MOST_LEVELS:
                 raise UserError("it holds something large twice")
             if key not in read:

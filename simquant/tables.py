@@ -65,6 +65,7 @@ def sorted_rows(rows: Sequence[Mapping[str, Any]], by: str) -> list[Mapping[str,
     datasets = list(dict.fromkeys(row["dataset"] for row in rows))
 
     def place(row: Mapping[str, Any]) -> tuple:
+        """Return what a row is sorted by."""
         increase = row["ppl"] if row["delta_ppl"] is None else row["delta_ppl"]  # without a baseline: the same order
         figures = [{**row, "delta_ppl": increase}[name] for name in SORTS[by]]
         known = ((each is None, each or 0.0) for each in figures)
