@@ -38,7 +38,8 @@ def sources_of(flags: CalibratedFlags, given: Mapping[str, Any]) -> tuple[Calibr
         return fitted[0], sources
     whole = replace(fitted[0], kv_format=(*fitted[0].kv_format, *beside)) if len(plans) == 1 else flags
     if beside:
-        sources.append((replace(flags, kv_format=beside).plan(), None))
+        dynamic = replace(replace(flags, kv_format=beside).plan(), is_calibrated=False)
+        sources.append((dynamic, None))
     widths = (BASELINE, *(width for width in whole.abits if width != BASELINE))
     return replace(whole, abits=widths), [(replace(plan, widths=(BASELINE, *plan.widths)), c) for plan, c in sources]
 
@@ -76,7 +77,7 @@ def with_stored(flags: CalibratedFlags, given: Mapping, stored: Mapping, path: s
             raise ArgumentTypeError(
                 f"quantizer file {path!r}: its {name} is {str(value)[:40]!r}, which is not known here"
             )
-    given = {name: value for name, value in given.items() if name != "kv_format" and not (name in SHORT and not value)}
+    given = {name: value for name, value in given.items() if name not in ("kv_format", *SHORT)}
     stored = {name: tuple(value) if isinstance(value, list) else value for name, value in stored.items()}
     named = {"kv_format": format_list(stored.get("kv_format", "uniform"))}
     short = {name: True for name in SHORT if stored.get(name)}  # a file of version 2 says no more

@@ -5,13 +5,14 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
-from conftest import DYNAMIC_SCRIPT, NANO, SAMPLE, run_script
+from conftest import CALIBRATED_SCRIPT, DYNAMIC_SCRIPT, NANO, SAMPLE, assert_one_line_error, run_script
 from torch import nn
 
 from quant_utils import Quantized, Quantizer, Site, UserError
 from simquant.calibrated_flags import CalibratedFlags
 from simquant.flags import Flags
 from simquant.methods import METHODS, Method
+from simquant.parsing import format_list
 from simquant.plans import Pair, Plan, Width
 
 LAYERS = 4
@@ -137,3 +138,55 @@ def test_bits_an_entry_are_those_that_one_counts_by_hand(tmp_path):
     assert row["avg_bits"] == pytest.approx((keys + values) / 2, rel=1e-12)
     assert row["cache_gib"] == pytest.approx(row["avg_bits"] * 2 * 6 * 128 * 256 / 8 / 2**30, rel=1e-12)
     assert row["kl"] > 0 and row["quantized"] in process.stdout
+
+
+FIT = (CALIBRATED_SCRIPT, NANO, "--calibrate", "--calib_dataset", SAMPLE, "--nsamples", "2", "--seqlen", "64")
+EVALUATION = ("--datasets", SAMPLE, "--seqlen", "64", "--limit", "2")
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """Return two quantizer files: 3-bit NUQ, and calibrated scales of fp8."""
+    folder = tmp_path_factory.mktemp("files")
+    for name, *flags in (("nuq", "--nuq", "--abits", "3"), ("fp8", "--kv_format", "fp8_calibrated")):
+        process = run_script(*FIT, *flags, "--quantizer_path", folder / f"{name}.pkl")
+        assert process.returncode == 0 and process.stderr == ""
+    return folder / "nuq.pkl", folder / "fp8.pkl"
+
+
+def test_quantizer_files_and_named_formats_stand_in_one_table(files, tmp_path):
+    """Each row is what it is when it is measured alone."""
+    both = ",".join(map(str, files))
+    rows = {}
+    for paths, formats in ((both, "q4_0,16/fp8"), (files[0], None), (files[1], None), (None, "q4_0"), (None, "16/fp8")):
+        flags = (*(("--quantizer_path", paths) if paths else ()), *(("--kv_format", formats) if formats else ()))
+        out = tmp_path / f"{len(rows)}.json"
+        process = run_script(CALIBRATED_SCRIPT, NANO, *flags, *EVALUATION, "--baseline", "--output", out)
+        assert process.returncode == 0 and process.stderr == ""
+        report = json.loads(out.read_text())
+        rows[paths, formats] = {each["format"]: each["nll"] for each in report["results"]}
+    together, *alone = rows.values()
+    assert list(together) == ["unquantized", "nuq (nuq)", "fp8_calibrated (fp8)", "q4_0", "16/fp8"]
+    assert [nll for name, nll in together.items()] == [alone[0]["unquantized"], *(each.popitem()[1] for each in alone)]
+
+
+def test_what_a_list_of_formats_refuses(files):
+    for flags, said in {
+        ("--quantizer_path", files[1], "--kv_format", "nuq"): "nuq is fitted to data, and --quantizer_path holds fp8_",
+        ("--kv_format", "q4_0,nuq"): "--quantizer_path FILE is missing",
+        ("--kv_format", "q4_0,q5_9"): "unknown format 'q5_9': did you mean q5_1 or q5_0",
+        ("--kv_format", "q8_0/q4_0,q8_0/q4_0"): "q8_0/q4_0 stands there more than once",
+        ("--kv_format", "q4_0", "--include_sparse"): "--include_sparse does not go with the method q4_0",
+        ("--calibrate", "--kv_format", "q4_0", "--quantizer_path", "x.pkl"): "nothing to fit: q4_0 needs no data",
+    }.items():
+        text = () if "--calibrate" in flags else EVALUATION
+        assert_one_line_error(run_script(CALIBRATED_SCRIPT, NANO, *flags, *text), said)
+
+
+def test_a_head_that_a_block_does_not_divide_is_an_error_or_left_out():
+    sites = [replace(site, channels=40, head_dim=20) for site in SITES]
+    with pytest.raises(UserError, match="--kv_format q4_0: blocks of 32 channels do not divide heads of 20"):
+        replace(PLAN, pairs=format_list("q4_0")).settings(sites)
+    plan = replace(PLAN, pairs=format_list("llama.cpp,fp8"))
+    assert {row.format for row in plan.settings(sites)} == {"fp8"}
+    assert len(plan.left_out(sites)) == 12 and all("heads of 20" in reason for reason in plan.left_out(sites))

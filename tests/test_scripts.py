@@ -83,7 +83,7 @@ def test_what_contradicts_the_file_is_refused(calibrated):
         "--abits 16,4,3": "keys of 4 and 2 bits, and not of 3",
         "--sparsity_threshold 0.95": "sparsity_threshold: 0.95 on the command line contradicts 0.99 in",
         "--perchannel": "perchannel: () on the command line contradicts ('k_proj',)",
-        "--nf": "--nf: True on the command line contradicts False",
+        "--kv_format nf,fp8_calibrated": "fp8_calibrated is fitted to data, and --quantizer_path holds nuq",
         "--export_kvquant e.pkl": "--export_kvquant writes one width",
     }.items():
         process = run_script(CALIBRATED_SCRIPT, NANO, "--quantizer_path", calibrated[0], *flags.split())

@@ -200,8 +200,8 @@ class ScaledQuantizer(HeadQuantizer):
             raise UserError(f"there is no element {str(self.element)[:40]!r} with a scale {str(self.scale)[:40]!r}")
         if self.bits != ELEMENTS[self.element].bits:
             raise UserError(f"the element {self.element} takes {ELEMENTS[self.element].bits} bits, not {self.bits}")
-        if self.group is not None and (type(self.group) is not int or not 0 <= self.group <= self.head):
-            raise UserError(f"there are no blocks of {str(self.group)[:40]} channels in heads of {self.head}")
+        if self.group is not None and (type(self.group) is not int or self.group < 0):
+            raise UserError(f"there are no blocks of {str(self.group)[:40]} channels")
         self.check_group(self.group or self.head)
         is_fitted = self.scale == "calibrated" and is_vector(self.amax) and bool((self.amax >= 0).all())
         if not is_fitted and self.amax is not None:
