@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
-from conftest import CALIBRATED_SCRIPT, DYNAMIC_SCRIPT, NANO, SAMPLE, assert_one_line_error, run_script
+from conftest import CALIBRATED_SCRIPT, DYNAMIC_SCRIPT, NANO, ROOT, SAMPLE, assert_one_line_error, run_script
 from torch import nn
 
 from quant_utils import Quantized, Quantizer, Site, UserError
@@ -190,3 +190,15 @@ def test_a_head_that_a_block_does_not_divide_is_an_error_or_left_out():
     plan = replace(PLAN, pairs=format_list("llama.cpp,fp8"))
     assert {row.format for row in plan.settings(sites)} == {"fp8"}
     assert len(plan.left_out(sites)) == 12 and all("heads of 20" in reason for reason in plan.left_out(sites))
+
+
+def test_the_page_of_methods_has_every_row_with_its_bits():
+    """Of keys and values, in a cache of 4 million tokens, 8 heads of 128 channels."""
+    page = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8").split("## Arithmetic, row by row")[1]
+    told = {cells[1].strip(): cells[3] for line in page.splitlines() if len(cells := line.split("|")) == 5}
+    plan = Plan([], [], AXES, {}, is_calibrated=True)
+    for name, method in METHODS.items():
+        quantizers = [plan.quantizer(name, p, method.format(p).options.get("bits", 4), 128) for p in AXES]
+        bits = [quantizer.cost(2**22, 1024) / 2**32 for quantizer in quantizers]
+        shown = [float(each) for each in told[name].split("/")]
+        assert shown * (2 // len(shown)) == pytest.approx(bits, abs=6e-4), name
