@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
 """What a 4-, 3- or 2-bit KV cache costs a language model in perplexity, by methods that need no calibration.
 
-Keys are quantized before RoPE, by default with one scale per channel, values with one scale per token.
+By default keys are quantized before RoPE with one scale per channel, and values with one scale per token. --kv_format
+has the formats of deployed caches, which quantize keys after RoPE.
 Quantization is simulated: this measures accuracy, and saves neither memory nor time.
 """
 
@@ -19,6 +20,7 @@ EXAMPLES = """examples:
   %(prog)s meta-llama/Llama-3-8B --abits 4 --datasets wikitext2 --seqlen 2048
   %(prog)s meta-llama/Llama-3-8B --abits 2 --include_sparse --first_few_fp16 1 --output two_bits.json
   %(prog)s meta-llama/Llama-3-8B --abits 16,4,4/2,2 --datasets wikitext2,c4   a sweep, against the unquantized model
+  %(prog)s meta-llama/Llama-3-8B --kv_format all --plot formats.png          deployed formats, side by side
   %(prog)s meta-llama/Llama-3-8B --abits 3 --attribution --plot layers.png   where the loss comes from
 """
 
