@@ -55,6 +55,8 @@ class CalibratedFlags(CalibrationFlags, Flags):
                 self.fisher and "nuq" not in self.methods(),
             f"--clamp rounds the zero point of uniform levels, and {', '.join(self.methods())} has none":
                 self.clamp and "uniform" not in self.methods(),
+            f"--calibrate writes one file: name one in --quantizer_path, not {self.quantizer_path}":
+                self.calibrate and len(self.quantizer_files) > 1,
             "--calibrate fits one method: name one in --kv_format":
                 self.calibrate and len(self.kv_format) != 1,
             f"--calibrate has nothing to fit: {', '.join(self.methods())} needs no data":

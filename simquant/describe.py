@@ -59,7 +59,8 @@ def print_plan(flags, shape, found: Sequence[PlacedSite], settings: Mapping[Any,
     """Print what --dry_run shows: the sites, the settings, the windows, the sizes of weights and cache."""
     quantized = {site for setting in settings.values() for site in setting}
     for site in found:
-        rest = "" if site in quantized else ", not quantized"
+        is_after = site in quantized and all(s[site].after_rope for s in settings.values() if site in s)
+        rest = ", quantized where attention reads it" if is_after else "" if site in quantized else ", not quantized"
         print(f"{site.name}: the output of {site.given_by()}, {site.channels} channels{rest}")
     device, line = models.single_device(flags.device), models.weights_line(shape.config)
     print(f"\n{flags.model}: {type(shape).__name__}, {models.dtype_of(shape)} on {device}{line}")
@@ -80,7 +81,7 @@ def print_plan(flags, shape, found: Sequence[PlacedSite], settings: Mapping[Any,
     count, size = prefixes.storage(shape, list(settings.values()), flags.seqlen, device)
     if count:
         each = f"{size / 2**20:.1f} MiB for each window of a batch"
-        print(f"stored for rows that start at a later layer: the inputs of {count} layers, {each}")
+        print(f"stored for rows that start at a later layer: the inputs of {count} layer{'s' * (count > 1)}, {each}")
 
 
 def window_bytes(shape, found: Sequence[Site], tokens: int) -> int:

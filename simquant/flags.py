@@ -111,7 +111,8 @@ class OutputFlags:
     resume: bool = on_output(False, "go on with the interrupted run whose JSON --output names")
     overwrite: bool = flag(False, "replace what an output file holds, even figures of an unfinished run", decides=False)
     sort: str | None = on_output(
-        None, "order of the rows; none: by bits if formats are compared, else as given", ("bits", "delta_ppl"),
+        None, "order of the rows, bits or delta_ppl; none: by bits if formats are compared, else as given",
+        ("bits", "delta_ppl"),
     )  # fmt: skip
     columns: tuple[str, ...] = on_output(
         USUAL, "comma list of figures to print; all of them are in --output", parsing.column_list, metavar="LIST"
@@ -146,6 +147,8 @@ class Flags(OutputFlags, TextFlags, QuantizationFlags, ModelFlags):
                 not quantizes and any(width != BASELINE for _, width in self.plan().cells()),
             f"--first_few_fp16 {self.first_few_fp16} covers the whole window of --seqlen {self.seqlen}":
                 self.first_few_fp16 >= self.seqlen,
+            f"--recent {self.recent} covers the whole window of --seqlen {self.seqlen}: nothing would be quantized":
+                (self.recent or 0) >= self.seqlen,
             "--attribution takes one row apart: give one format and one width below 16, and something to quantize":
                 self.attribution and (len(self.plan().cells()) != 1 or not quantizes),
             "--resume goes on with the JSON that --output names: give that, not ending in .csv":

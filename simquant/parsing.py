@@ -71,8 +71,10 @@ def format_list(text: str) -> tuple[Pair, ...]:
             names = [name for name, each in METHODS.items() if word in ("all", each.family) and not each.calibrated]
             named += [Pair(name, name, is_named=False) for name in names]
             continue
-        keys, _, values = word.partition("/")
-        pair = Pair(method_name(keys), method_name(values or keys))
+        keys, slash, values = word.partition("/")
+        if not keys or (slash and not values):
+            raise ArgumentTypeError(f"a name is missing in {text[:80]!r}")
+        pair = Pair(method_name(keys), method_name(values if slash else keys))
         if pair in named:
             raise ArgumentTypeError(f"{word} stands there more than once in {text!r}")
         named.append(pair)
@@ -87,6 +89,8 @@ def method_name(word: str) -> str:
     """Return word if it is one of METHODS, or 16 for what stays unquantized."""
     if word in METHODS or word == UNBOUND:
         return word
+    if word == "all" or word in FAMILIES:
+        raise ArgumentTypeError(f"{word} stands for several formats: it goes into no pair")
     alike = difflib.get_close_matches(word, [*METHODS, *FAMILIES, "all"], 3, 0.5)
     advice = f"did you mean {' or '.join(alike)}?" if alike else "the README lists them; all are in `all`"
     raise ArgumentTypeError(f"unknown format {word[:40]!r}: {advice}")

@@ -202,7 +202,8 @@ def stored(path: str, known: Mapping, site: Site, plain: Any) -> Quantizer:
         found = known[plain.bits if has_levels else None]  # KVQuant's own files may have ranges alone
         if not isinstance(found, Quantizer):
             found = replace(plain, **(found if plain.axis == "channel" else {**found, "lo": None, "hi": None}))
-        found = replace(found, recent=plain.recent) if found.recent != plain.recent else found
+        asked = {name: getattr(plain, name) for name in ("recent", "counts_clipped") if hasattr(plain, name)}
+        found = replace(found, **{name: value for name, value in asked.items() if getattr(found, name) != value})
         if (found.bits, found.sinks) != (plain.bits, plain.sinks):
             raise UserError("it has other bits or sinks than its name and its settings say")
         if not found.sources:  # else it needs what they give

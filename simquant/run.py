@@ -95,6 +95,9 @@ def evaluate(flags: Flags, given: Mapping[str, Any], sources: Sequence[Source] =
     found, settings = settings_of(shape, flags, sources)  # so that mistakes show before weights load
     for reason in (reason for plan, _ in sources for reason in plan.left_out(found)):
         notify(f"left out: {reason}")
+    for row, setting in settings.items():
+        if setting and not any(quantizer.quantized_tokens(flags.seqlen) for quantizer in setting.values()):
+            notify(f"{row.format}: its exact tokens cover the window of --seqlen {flags.seqlen}: nothing is quantized")
     if flags.plot_activations:
         plots.drawn_layer(narrowest(settings), flags.plot_layer)
     file.record = make_record(flags, shape, windows)

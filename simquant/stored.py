@@ -15,6 +15,7 @@ from simquant.parsing import format_list, width_list
 from simquant.plans import BASELINE, PROJECTIONS, Plan
 
 SHORT = ("nf", "nuq")  # forms of --kv_format
+UNIFORM = format_list("uniform")  # what KVQuant's own file without levels is, unless the command says NormalFloat
 Sources = list[tuple[Plan, "Mapping[str, Any] | None"]]
 
 
@@ -49,8 +50,9 @@ def beside_files(given: Mapping[str, Any], in_files: list[str]) -> tuple:
     beside = tuple(pair for pair in given.get("kv_format", ()) if pair.label not in in_files)
     for pair in (pair for pair in beside if pair.is_named):
         if lacking := [name for name in pair.methods if METHODS[name].calibrated]:
-            has = ", ".join(dict.fromkeys(in_files))
-            raise ArgumentTypeError(f"--kv_format {lacking[0]} is fitted to data, and --quantizer_path holds {has}")
+            has = f"--quantizer_path holds {', '.join(dict.fromkeys(in_files))}"
+            has = "a pair takes methods that need no data" if lacking[0] in in_files else has
+            raise ArgumentTypeError(f"--kv_format {lacking[0]} is fitted to data, and {has}")
     return beside
 
 
@@ -77,9 +79,11 @@ def with_stored(flags: CalibratedFlags, given: Mapping, stored: Mapping, path: s
             raise ArgumentTypeError(
                 f"quantizer file {path!r}: its {name} is {str(value)[:40]!r}, which is not known here"
             )
-    given = {name: value for name, value in given.items() if name not in ("kv_format", *SHORT)}
     stored = {name: tuple(value) if isinstance(value, list) else value for name, value in stored.items()}
-    named = {"kv_format": format_list(stored.get("kv_format", "uniform"))}
+    is_silent = "nf" not in stored  # KVQuant's own file: it does not tell uniform from NormalFloat levels
+    asked = tuple(pair for pair in given.get("kv_format", ()) if pair.label in ("uniform", "nf") and is_silent)
+    named = {"kv_format": format_list(stored["kv_format"]) if "kv_format" in stored else asked[:1] or UNIFORM}
+    given = {name: value for name, value in given.items() if name not in ("kv_format", *SHORT)}
     short = {name: True for name in SHORT if stored.get(name)}  # a file of version 2 says no more
     stored |= with_method(CalibratedFlags, short or named)
     if "abits" in stored:

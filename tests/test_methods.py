@@ -11,6 +11,7 @@ from torch import nn
 from quant_utils import Quantized, Quantizer, Site, UserError
 from simquant.calibrated_flags import CalibratedFlags
 from simquant.flags import Flags
+from simquant.formats.scaled import ScaledQuantizer
 from simquant.methods import METHODS, Method
 from simquant.parsing import format_list
 from simquant.plans import Pair, Plan, Width
@@ -176,6 +177,12 @@ def test_what_a_list_of_formats_refuses(files):
         ("--kv_format", "q4_0,nuq"): "--quantizer_path FILE is missing",
         ("--kv_format", "q4_0,q5_9"): "unknown format 'q5_9': did you mean q5_1 or q5_0",
         ("--kv_format", "q8_0/q4_0,q8_0/q4_0"): "q8_0/q4_0 stands there more than once",
+        ("--kv_format", "q4_0/"): "a name is missing in 'q4_0/'",
+        ("--kv_format", "q4_0,"): "a name is missing in 'q4_0,'",
+        ("--kv_format", "all/q4_0"): "all stands for several formats: it goes into no pair",
+        ("--kv_format", "q4_0", "--recent", 64): "--recent 64 covers the whole window of --seqlen 64",
+        ("--quantizer_path", files[0], "--kv_format", "nuq/q4_0"): "a pair takes methods that need no data",
+        ("--calibrate", "--nuq", "--quantizer_path", "a.pkl,b.pkl"): "--calibrate writes one file",
         ("--kv_format", "q4_0", "--include_sparse"): "--include_sparse does not go with the method q4_0",
         ("--calibrate", "--kv_format", "q4_0", "--quantizer_path", "x.pkl"): "nothing to fit: q4_0 needs no data",
     }.items():
@@ -202,3 +209,36 @@ def test_the_page_of_methods_has_every_row_with_its_bits():
         bits = [quantizer.cost(2**22, 1024) / 2**32 for quantizer in quantizers]
         shown = [float(each) for each in told[name].split("/")]
         assert shown * (2 // len(shown)) == pytest.approx(bits, abs=6e-4), name
+
+
+def test_clipped_entries_are_those_that_a_loop_counts_and_a_file_counts_them_too(files, tmp_path):
+    """Of casts alone: integers have none. Scales that were calibrated on text clip what is greater on other text."""
+    flags = ("--kv_format", "fp8,q8_0", "--saturation", "--output", tmp_path / "o.json")
+    process = run_script(CALIBRATED_SCRIPT, NANO, "--quantizer_path", files[1], *flags, *EVALUATION)
+    assert process.returncode == 0 and process.stderr == "" and "clipped" in process.stdout
+    shares = {each["format"]: each["saturation"] for each in json.loads((tmp_path / "o.json").read_text())["results"]}
+    assert shares["q8_0"] is None and shares["unquantized"] is None
+    assert shares["fp8"] == 0 and 0 < shares["fp8_calibrated"] < 0.01
+    amax, x = torch.tensor([1.0, 2.0]), torch.tensor([[[0.5, -1.1, 1.9, 2.1], [1.0, 0.0, -3.0, 0.0]]])
+    given = ScaledQuantizer(2, 8, scale="calibrated", amax=amax, counts_clipped=True).quantize(x)
+    assert given.clipped.tolist() == [[[False, True, False, True], [False, False, True, False]]]
+
+
+def test_a_window_that_covers_everything_is_said():
+    process = run_script(DYNAMIC_SCRIPT, NANO, "--kv_format", "kivi2", *EVALUATION)
+    assert process.returncode == 0
+    assert process.stderr == "warning: kivi2: its exact tokens cover the window of --seqlen 64: nothing is quantized\n"
+
+
+def test_a_file_of_kvquant_without_levels_is_what_the_command_says(tmp_path):
+    """It does not tell NormalFloat from uniform levels; --nf is then no other format beside it."""
+    ours, theirs = tmp_path / "ours.pkl", tmp_path / "theirs.pkl"
+    run_script(*FIT, "--nf", "--quantizer_path", ours, "--export_kvquant", theirs)
+    figures = []
+    for path in (ours, theirs):
+        flags = ("--quantizer_path", path, "--nf", "--abits", "4", "--output", tmp_path / "o.json", "--overwrite")
+        assert run_script(CALIBRATED_SCRIPT, NANO, *flags, *EVALUATION).returncode == 0
+        figures.append(
+            [(row["format"], row["nll"]) for row in json.loads((tmp_path / "o.json").read_text())["results"]]
+        )
+    assert figures[0] == figures[1] and [name for name, _ in figures[0]] == ["nf"]

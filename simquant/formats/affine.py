@@ -104,7 +104,7 @@ class GroupQuantizer(HeadQuantizer):
             return f"{self.size} tokens of a channel"
         if self.size > self.head:
             return f"{self.size // self.head} tokens of a head"
-        return "a head of a token" if self.size == self.head else f"{self.size} channels of a token"
+        return f"{self.size} channels of a token" if self.group else "token and head"
 
 
 def quotient(x: Tensor, s: Tensor) -> Tensor:
@@ -202,5 +202,6 @@ class AffineQuantizer(GroupQuantizer):
         """Return a line of plain words, the bits left out."""
         offset = "integer zero point" if self.rule in ("integer zero", "packed zero") else "minimum"
         clip = "" if self.clip == 1 else f", range times {self.clip:g}"
-        kind = f"integers with scale and {offset} ({self.rule}, {self.scale}) per {self.group_words}{clip}"
+        dtype = "the model's dtype" if self.scale == MODEL else self.scale
+        kind = f"integers with scale and {offset} per {self.group_words}, in {dtype}{clip}"
         return ", ".join([kind, *self.extras])

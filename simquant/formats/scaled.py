@@ -236,7 +236,7 @@ class ScaledQuantizer(HeadQuantizer):
     def quantize(self, x: Tensor, taps: Mapping[tuple[int, str], Tap] = {}) -> Quantized:
         """See HeadQuantizer."""
         given = super().quantize(x, taps)
-        if not self.counts_clipped or x.shape[1] <= self.sinks:
+        if not self.counts_clipped or "float" not in ELEMENTS[self.element].words or x.shape[1] <= self.sinks:
             return given
         clipped = self.clipped(self.heads(x)).transpose(1, 2).flatten(2)
         return given._replace(clipped=F.pad(clipped, (0, 0, self.sinks, 0)))
