@@ -203,7 +203,8 @@ def stored(path: str, known: Mapping, site: Site, plain: Any) -> Quantizer:
         if not isinstance(found, Quantizer):
             found = replace(plain, **(found if plain.axis == "channel" else {**found, "lo": None, "hi": None}))
         asked = {name: getattr(plain, name) for name in ("recent", "counts_clipped") if hasattr(plain, name)}
-        found = replace(found, **{name: value for name, value in asked.items() if getattr(found, name) != value})
+        changed = {name: value for name, value in asked.items() if getattr(found, name) != value}
+        found = replace(found, **changed) if changed else found
         if (found.bits, found.sinks) != (plain.bits, plain.sinks):
             raise UserError("it has other bits or sinks than its name and its settings say")
         if not found.sources:  # else it needs what they give
