@@ -62,14 +62,16 @@ class Quantizer:
     sinks       leading tokens of every window that stay exact (attention sinks)
     recent      tokens of the residual window: the latest ones, which a query sees exact
     window      which they are, see WINDOWS
+    shares_bits whether sites decide together how many bits each takes, which bits is the average of
     after_rope  whether it is the cache's own keys that are quantized, and not those before RoPE
-    sources     (layer, part) of the sites whose values quantize and fit look up in taps
+    sources     (layer, part) of the sites whose caches it predicts from; they come before its own
     """
 
     bits: float
     sinks: int = 0
     recent: int = 0
     window: str = "last"
+    shares_bits: bool = False
     after_rope: bool = False
     sources: tuple[tuple[int, str], ...] = ()
 
@@ -78,15 +80,23 @@ class Quantizer:
         """Whether fit wants the gradient of the loss."""
         return False
 
-    def fit(self, x: Tensor, grad: Tensor | None, taps: Mapping[tuple[int, str], Tap]) -> Quantizer:
+    def fit(self, x: Tensor, grad: Tensor | None, others: Sequence[Tensor] = ()) -> Quantizer:
         """Return a copy that is fitted to calibration activations x [N,T,C], and to the loss's gradient there [N,T,C].
 
-        taps hold what the sources gave back for the same windows. By default there is nothing to fit.
+        others [N,T,C'] are what the sources gave back for the same windows. By default there is nothing to fit.
         """
         return self
 
-    def quantize(self, x: Tensor, taps: Mapping[tuple[int, str], Tap]) -> Quantized:
-        """Return x [B,T,C] as the cache gives it back; taps hold what the sources gave back in this forward pass."""
+    @classmethod
+    def agreed(cls, setting: Setting) -> Setting:
+        """Return setting, once fitted, with what its quantizers of this class decide together, to be fitted again.
+
+        By default each decides alone, and the very same setting comes back.
+        """
+        return setting
+
+    def quantize(self, x: Tensor, others: Sequence[Tensor] = ()) -> Quantized:
+        """Return x [B,T,C] as the cache gives it back; others [B,T,C'] are what the sources gave back."""
         raise NotImplementedError
 
     def cost(self, tokens: int, channels: int) -> float:
@@ -421,7 +431,7 @@ class ScalarQuantizer(Quantizer):
             lo, hi = integer_zero_point(lo, hi, self.bits)
         return keep, lo, hi
 
-    def quantize(self, x: Tensor, taps: Mapping[tuple[int, str], Tap] = {}) -> Quantized:
+    def quantize(self, x: Tensor, others: Sequence[Tensor] = ()) -> Quantized:
         """See Quantizer. Arithmetic is in fp32; the result is rounded to x's own dtype."""
         if x.ndim != 3:
             raise ValueError(f"quantize takes [batch, tokens, channels], got a tensor of shape {tuple(x.shape)}")
@@ -440,7 +450,7 @@ class ScalarQuantizer(Quantizer):
         ranges = 0 if self.lo is not None else channels if self.axis == "channel" else quantized
         return channels * (16 * (tokens - quantized) + self.bits * quantized) + 32 * ranges * (quantized > 0)
 
-    def fit(self, x: Tensor, grad: Tensor | None, taps: Mapping[tuple[int, str], Tap]) -> ScalarQuantizer:
+    def fit(self, x: Tensor, grad: Tensor | None, others: Sequence[Tensor] = ()) -> ScalarQuantizer:
         """See Quantizer. Per channel the range is calibrated, per token it stays dynamic; NUQ levels are fitted.
 
         The calibrated range is that of all tokens of all windows but the sinks: percentiles, or minimum and maximum if
@@ -536,16 +546,19 @@ SOUND: dict[str, Callable[[ScalarQuantizer], bool]] = {  # what the constructor 
 class Tap:
     """A quantizer at its site while a model runs, with what the latest forward pass gave.
 
-    taps      all of the setting, by (layer, part)
+    sources   taps of the caches that it predicts from
+    is_source whether it is one itself
+    releases  those of its sources that no later tap predicts from
     outliers  [B] how many entries stayed exact; None where none do
     clipped   [B] the share of entries that a cast clipped; None where that is not counted
-    values    [B,T,C] what the cache gave back, kept only if it is_source of another quantizer
+    values    [B,T,C] what the cache gave back, kept while another tap predicts from it
     """
 
     site: Site
     quantizer: Quantizer
-    taps: Mapping[tuple[int, str], Tap]
+    sources: tuple[Tap, ...] = ()
     is_source: bool = False
+    releases: tuple[Tap, ...] = ()
     outliers: Tensor | None = None
     clipped: Tensor | None = None
     values: Tensor | None = None
@@ -563,11 +576,23 @@ class Tap:
 
     def pass_on(self, x: Tensor) -> Tensor:
         """Return x [B,T,C] as the cache gives it back, and remember what there is to remember."""
-        given = self.quantizer.quantize(x, self.taps)
+        given = self.quantizer.quantize(x, self.others(x.device))
         self.outliers = None if given.outliers is None else given.outliers.sum((1, 2))
         self.clipped = None if given.clipped is None else given.clipped.float().mean((1, 2))
-        self.values = given.values if self.is_source else None
+        self.remember(given.values)
         return given.values
+
+    def others(self, device: torch.device) -> list[Tensor]:
+        """Return what the sources gave back for the same tokens, [B,T,C'] each. UserError for one that comes later."""
+        if any(tap.values is None for tap in self.sources):
+            raise UserError(f"{self.site.name} runs before what it is predicted from: leave out --predict")
+        return [tap.values.to(device) for tap in self.sources if tap.values is not None]
+
+    def remember(self, values: Tensor) -> None:
+        """Keep values [B,T,C] for those who predict from them, and release what nobody needs any more."""
+        self.values = values if self.is_source else None
+        for tap in self.releases:
+            tap.values = None
 
 
 @dataclass(eq=False)
@@ -585,11 +610,17 @@ class Probe:
 
 
 def make_taps(setting: Setting) -> dict[tuple[int, str], Tap]:
-    """Return {(layer, part): Tap} for a setting."""
-    sources = {source for quantizer in setting.values() for source in quantizer.sources}
+    """Return {(layer, part): Tap} for a setting in model order. UserError if it lacks the source of a quantizer."""
     taps: dict[tuple[int, str], Tap] = {}
+    last: dict[tuple[int, str], Tap] = {}  # {source: the last tap that predicts from it}
     for site, quantizer in setting.items():
-        taps[site.key] = Tap(site, quantizer, taps, site.key in sources)
+        for layer, part in quantizer.sources:
+            if (layer, part) not in taps:
+                raise UserError(f"{site.name} is predicted from the {part} of layer {layer}, which stay unquantized")
+        taps[site.key] = Tap(site, quantizer, tuple(taps[source] for source in quantizer.sources))
+        last |= dict.fromkeys(quantizer.sources, taps[site.key])
+    for source, tap in last.items():
+        taps[source].is_source, tap.releases = True, (*tap.releases, taps[source])
     return taps
 
 
@@ -637,7 +668,7 @@ def quantized(setting: Setting) -> Iterator[dict[tuple[int, str], Tap]]:
         with hung(taps.values()):
             yield taps
     finally:
-        taps.clear()  # each tap holds all, and so itself: what they remember would stay until the next collection
+        taps.clear()  # whoever still holds the dict does not hold what they remember
 
 
 Hook = Callable[[Any, tuple, Any], Any]
@@ -746,8 +777,25 @@ def calibrate(
     }
     activations = record(model, places, windows)
     gradients = record(model, needing, windows, gradients=True) if needing and gradients is None else gradients or {}
+    fitted = fit_in_order(model, settings, activations, gradients, on_fit)
+    agreed = {label: agree(setting) for label, setting in fitted.items()}
+    again = {label: setting for label, setting in agreed.items() if setting is not fitted[label]}
+    return fitted | fit_in_order(model, again, activations, gradients, on_fit)
+
+
+def agree(setting: Setting) -> Setting:
+    """Return a fitted setting with what its quantizers decide together; the very same if that is nothing."""
+    for cls in dict.fromkeys(type(quantizer) for quantizer in setting.values()):
+        setting = cls.agreed(setting)
+    return setting
+
+
+def fit_in_order(
+    model, settings: Mapping[Label, Setting], activations: Mapping, gradients: Mapping, on_fit: Any
+) -> dict[Label, Setting]:
+    """Return settings with every quantizer fitted, in model order, to {site: [N,T,C]}; see calibrate."""
     taps = {label: make_taps(setting) for label, setting in settings.items()}
-    for site in places:
+    for site in places_of(*settings.values()):
         x = activations[site].to(site.device)
         grad = gradients[site].to(x.device) if site in gradients else None
         if not x.isfinite().all():
@@ -758,9 +806,10 @@ def calibrate(
             raise UserError(f"gradients at {site.name} overflow {advice_on_overflow(model)}")
         for label in (label for label, setting in settings.items() if site in setting):
             tap = taps[label][site.key]
-            tap.quantizer = tap.quantizer.to(x.device).fit(x, grad, tap.taps)
-            given = tap.quantizer.quantize(x, tap.taps)
-            tap.values = given.values if tap.is_source else None
+            others = tap.others(x.device)
+            tap.quantizer = tap.quantizer.to(x.device).fit(x, grad, others)
+            given = tap.quantizer.quantize(x, others)
+            tap.remember(given.values)
             if on_fit is not None:
                 on_fit(label, site, tap.quantizer, x, given)
     cpu = torch.device("cpu")

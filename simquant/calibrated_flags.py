@@ -25,6 +25,11 @@ class CalibrationFlags:
     )  # fmt: skip
     export_kvquant: str | None = flag(None, "also write the quantizers as KVQuant does", decides=False, metavar="FILE")
     nuq: bool = flag(False, "short for --kv_format nuq: levels fitted by k-means (KVQuant)")
+    klt: bool = flag(False, "short for --kv_format klt: transform coding, whose --abits may be any number up to 8")
+    klt_metric: str = flag(
+        "fisher", "with --klt, in what metric channels are decorrelated and errors weighed", ("fisher", "pca")
+    )
+    predict: bool = flag(False, "with --klt, code only what the layer below does not predict")
     fisher: bool = flag(False, "with --nuq, weigh the fit by Fisher information")
     fisher_weighting: str = flag("paper", "Fisher information times the squared range, or alone", ("paper", "code"))
     norm: bool = flag(False, "Q-Norm: decoded levels keep mean and standard deviation")
@@ -53,6 +58,11 @@ class CalibratedFlags(CalibrationFlags, Flags):
         return misplaced | super().refusals(given) | {
             "--fisher weighs the fit of a NUQ codebook: add --nuq, or leave it out":
                 self.fisher and "nuq" not in self.methods(),
+            "--predict and --klt_metric are for transform coding: add --klt":
+                (self.predict or self.klt_metric != "fisher")
+                and not any(METHODS[name].shares_bits for name in self.methods()),
+            "--attribution takes layers apart, and --predict codes what the layer below leaves: leave one of them out":
+                self.attribution and self.predict,
             f"--clamp rounds the zero point of uniform levels, and {', '.join(self.methods())} has none":
                 self.clamp and "uniform" not in self.methods(),
             f"--calibrate writes one file: name one in --quantizer_path, not {self.quantizer_path}":
@@ -77,6 +87,10 @@ class CalibratedFlags(CalibrationFlags, Flags):
         path = self.quantizer_path
         return () if path is None else (path,) if os.path.exists(path) else tuple(path.split(","))
 
+    def odd_widths(self) -> list[str]:
+        """See Flags. In an evaluation the quantizer file says which method takes them."""
+        return super().odd_widths() if self.calibrate or self.quantizer_path is None else []
+
     def is_fitted(self) -> bool:
         """Return whether a calibration has something to fit in some format: its levels, or its ranges."""
         fitted = any(METHODS[name].calibrated for name in self.methods())
@@ -96,6 +110,8 @@ class CalibratedFlags(CalibrationFlags, Flags):
         fisher = self.fisher_weighting if self.fisher else None
         more: dict[str, tuple[str, Any]] = {"--clamp": ("integer_zero", self.clamp), "--norm": ("q_norm", self.norm)}
         more |= {"--cap_outliers": ("cap", self.cap_outliers), "--fisher": ("fisher", fisher)}
+        more |= {"--predict": ("predict", "all" if self.predict else None)}
+        more |= {"--klt_metric": ("metric", self.klt_metric if self.klt_metric != "fisher" else None)}
         return super().options() | {flag: option for flag, option in more.items() if option[1]}
 
     def vain(self, given: Mapping[str, Any]) -> list[str]:

@@ -50,7 +50,9 @@ class QuantizationFlags:
     """quantization"""
 
     abits: tuple[Width, ...] = flag(
-        (Width(4, 4),), "bits an entry: 2 to 8, 16 for no quantization, 4/2 for keys/values; a comma list measures all",
+        (Width(4, 4),),
+        "bits an entry: 2 to 8, 16 for no quantization, 4/2 for keys/values; a comma list measures all; "
+        "transform coding (--klt) takes any number up to 8",
         parsing.width_list, metavar="BITS",
     )  # fmt: skip
     kv_format: tuple[Pair, ...] = flag(
@@ -141,6 +143,7 @@ class Flags(OutputFlags, TextFlags, QuantizationFlags, ModelFlags):
         """Return {what is said of flags that do not go together: whether they do not}; given is the command line."""
         both, quantizes = sorted({*self.perchannel} & {*self.pertoken}), self.quantizes()
         fitted = [name for name in self.methods() if METHODS[name].calibrated]
+        odd, where = self.odd_widths(), "" if type(self) is not Flags else " of kvquant_llama3_simquant.py"
         return {
             f"{' '.join(both)} in both --perchannel and --pertoken: give it one scale": bool(both),
             "--perchannel and --pertoken are both empty: name k_proj or v_proj, or give --abits 16 to quantize nothing":
@@ -159,6 +162,8 @@ class Flags(OutputFlags, TextFlags, QuantizationFlags, ModelFlags):
                 self.plot is not None and not quantizes,
             "--plot_activations shows quantization: give a width below 16":
                 self.plot_activations is not None and not quantizes,
+            f"--abits {', '.join(odd)}: {', '.join(self.methods())} takes 2 to 8 bits, --klt{where} any number up to 8":
+                bool(odd),
             f"--kv_format {', '.join(fitted)} is fitted to data: use kvquant_llama3_simquant.py":
                 bool(fitted) and type(self) is Flags,
             "--attn_implementation flash_attention_2 shows a query no residual window: give sdpa":
@@ -166,6 +171,13 @@ class Flags(OutputFlags, TextFlags, QuantizationFlags, ModelFlags):
             f"--device {self.device} is one GPU, and there are {processes.count()} processes: give cuda":
                 ":" in self.device and processes.count() > 1,
         }  # fmt: skip
+
+    def odd_widths(self) -> list[str]:
+        """Return the widths that are fractions or below 2, where a method of whole bits would have to take them."""
+        taking = [pair for pair in self.kv_format if not pair.is_fixed]
+        if all(METHODS[name].shares_bits for pair in taking for name in pair.methods):
+            return []
+        return [str(width.label) for width in self.abits if not width.is_whole]
 
     def quantizes(self) -> bool:
         """Return whether any format, any width and any projection is left to quantize."""
@@ -210,6 +222,7 @@ class Flags(OutputFlags, TextFlags, QuantizationFlags, ModelFlags):
         return found + [f"--abits has no effect on {', '.join(self.methods())}, whose bits are fixed"] * is_vain
 
 
+SHORT = ("nf", "nuq", "klt")  # forms of --kv_format
 AnyFlags = TypeVar("AnyFlags", bound=Flags)
 
 
@@ -232,15 +245,16 @@ def checked(flags: AnyFlags, given: Mapping[str, Any]) -> AnyFlags:
 
 
 def with_method(cls: type[Flags], given: Mapping[str, Any]) -> dict[str, Any]:
-    """Return given with --kv_format and its short forms --nf and --nuq saying the same."""
-    short = [name for name in ("nf", "nuq") if given.get(name)]
+    """Return given with --kv_format and its short forms saying the same."""
+    short = [name for name in SHORT if given.get(name)]
     named = [Pair(name, name) for name in short] + list(given.get("kv_format", ()))
     if short and len(set(named)) > 1:
         words = " and ".join(dict.fromkeys(pair.label for pair in named))
-        raise ArgumentTypeError(f"{words} are several methods: name them all in --kv_format, without --nf and --nuq")
+        flags = " or ".join(f"--{name}" for name in short)
+        raise ArgumentTypeError(f"{words} are several methods: name them all in --kv_format, without {flags}")
     if not named:
         return dict(given)
     is_short: dict[str, Any] = {
-        name: [Pair(name, name)] == list(set(named)) for name in ("nf", "nuq") if name in flag_fields(cls)
+        name: [Pair(name, name)] == list(set(named)) for name in SHORT if name in flag_fields(cls)
     }
     return {**given, **is_short, "kv_format": tuple(dict.fromkeys(named))}

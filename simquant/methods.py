@@ -39,6 +39,7 @@ class Method:
     family       what --kv_format calls it together with others: vllm, llama.cpp, transformers
     skipped      layers that it leaves unquantized, the last one being -1
     calibrated   whether it needs the calibrated script
+    shares_bits  whether --abits is an average, which may be any number up to 8
     """
 
     about: str
@@ -49,6 +50,7 @@ class Method:
     family: str = ""
     skipped: tuple[int, ...] = ()
     calibrated: bool = False
+    shares_bits: bool = False
 
     def format(self, part: str) -> Format:
         """Return what quantizes "keys" or "values"."""
@@ -58,6 +60,7 @@ class Method:
 SCALED, IQ4_NL = "simquant.formats.scaled:ScaledQuantizer", "simquant.formats.iq4_nl:IQ4NLQuantizer"
 AFFINE, HQQ = "simquant.formats.affine:AffineQuantizer", "simquant.formats.hqq:HqqQuantizer"
 LLOYD_MAX = "simquant.formats.lloyd_max:LloydMaxQuantizer"
+TRANSFORM = "simquant.formats.transform:TransformQuantizer"
 VLLM, TRITON = "vLLM, csrc/cache_kernels.cu", "vLLM, triton_reshape_and_cache_flash.py"
 GGML, OCP = "llama.cpp, ggml/src/ggml-quants.c", "OCP Microscaling Formats 1.0"
 FAMILIES = {VLLM: "vllm", TRITON: "vllm", GGML: "llama.cpp"}
@@ -131,6 +134,21 @@ METHODS = {
         source="KVQuant, arXiv:2401.18079, section 3.3",
         options={"levels": "nuq"},
         calibrated=True,
+    ),
+    "klt": Method(
+        about="transform coding: channels decorrelated, bits where the loss feels them; --predict from the layer below",
+        source="docs/methods.md, after KVTC and AQUA-KV",
+        quantizer=TRANSFORM,
+        calibrated=True,
+        shares_bits=True,
+    ),
+    "kvtc": Method(
+        about="transform coding by plain PCA of keys and values; first 4 and latest 128 tokens exact",
+        source="KVTC, arXiv:2511.01815, without its entropy coder",
+        quantizer=TRANSFORM,
+        options={"metric": "pca", "sinks": 4, "recent": 128},
+        calibrated=True,
+        shares_bits=True,
     ),
     "fp8": scaled("8-bit floats (e4m3), not scaled", VLLM, bits=8, element="e4m3", scale="fixed"),
     "fp8_e5m2": scaled("8-bit floats (e5m2), not scaled", VLLM, bits=8, element="e5m2", scale="fixed"),

@@ -51,13 +51,17 @@ def shown(default: Any) -> str:
 
 
 def width_list(text: str) -> tuple[Width, ...]:
-    """Parse widths between commas, such as 16,4,4/2 (keys/values). 16 comes first."""
+    """Parse widths between commas, such as 16,4,4/2 (keys/values) or 1.5. 16 comes first."""
     widths = []
     for word in text.split(","):
         parts = word.strip().split("/")
-        if len(parts) > 2 or any(part not in map(str, [*range(2, 9), UNQUANTIZED]) for part in parts):
-            raise ArgumentTypeError(f"unknown width {word!r}: give 2 to 8, 16, or keys/values such as 4/2")
-        widths.append(Width(int(parts[0]), int(parts[-1])))
+        is_number = all(re.fullmatch(r"[0-9]{1,2}(\.[0-9]{1,6})?", part) for part in parts)
+        bits = [float(part) for part in parts] if is_number else [0.0]
+        if len(parts) > 2 or not all(0 < each <= 8 or each == UNQUANTIZED for each in bits):
+            has = "give 2 to 8, 16, or keys/values such as 4/2; with --klt any number up to 8, such as 1.5"
+            raise ArgumentTypeError(f"unknown width {word!r}: {has}")
+        keys, *_, values = (int(each) if each.is_integer() else each for each in [*bits, *bits])
+        widths.append(Width(keys, values))
         if widths.count(widths[-1]) > 1:
             raise ArgumentTypeError(f"{word.strip()} stands there more than once in {text!r}")
     return tuple(sorted(widths, key=lambda width: width != BASELINE))

@@ -20,17 +20,22 @@ SEES_ALL = "a range of the whole window sees tokens to come: give --perchannel -
 
 
 class Width(NamedTuple):
-    """Bits an entry of keys and of values."""
+    """Bits an entry of keys and of values: whole numbers, or any rate where a method shares bits between channels."""
 
-    keys: int
-    values: int
+    keys: float
+    values: float
 
     @property
-    def label(self) -> int | str:
+    def is_whole(self) -> bool:
+        """Whether formats that give every entry the same bits can have it."""
+        return all(type(bits) is int and bits >= 2 for bits in self)
+
+    @property
+    def label(self) -> float | str:
         """4, or "4/2" where keys and values differ: what --abits takes, and what a row is called."""
         return self.keys if self.keys == self.values else f"{self.keys}/{self.values}"
 
-    def of(self, part: str) -> int:
+    def of(self, part: str) -> float:
         """Return the bits of "keys" or "values"."""
         return self.keys if part == "keys" else self.values
 
@@ -82,7 +87,7 @@ class Row(NamedTuple):
     """What a setting is called: its format and width, what it quantizes, and which layer if it is a single one."""
 
     format: str
-    abits: int | str
+    abits: float | str
     quantized: str
     layer: int | None = None
 
@@ -118,7 +123,7 @@ class Plan:
     is_calibrated: bool = False
     label: str = ""
 
-    def quantizer(self, name: str, part: str, bits: int, head_dim: int) -> Quantizer:
+    def quantizer(self, name: str, part: str, bits: float, head_dim: int) -> Quantizer:
         """Return what quantizes keys or values by a method, not fitted. UserError if it does not fit."""
         from quant_utils import UserError
 
@@ -155,7 +160,12 @@ class Plan:
         found = [site for site in sites if site.part in parts and site.layer not in skipped[site.part]]
         heads = dict.fromkeys((site.part, site.head_dim) for site in found)
         made = {(part, d): self.quantizer(pair.of(part), part, width.of(part), d) for part, d in heads}
-        return {site: made[site.part, site.head_dim] for site in found}
+        setting = {site: made[site.part, site.head_dim] for site in found}
+        if all(getattr(quantizer, "predict", None) is None for quantizer in setting.values()):
+            return setting
+        from simquant.formats import prediction
+
+        return prediction.with_sources(setting)
 
     def cells(self) -> list[tuple[Pair, Width]]:
         """Return all formats in all their widths, each once, the unquantized model left out."""

@@ -218,7 +218,7 @@ def draw_activations(model, window: Tensor, setting: Setting, layer: int, title:
     figure = Figure(figsize=(8, 3.6 * len(mine)), layout="constrained")
     panels = figure.subplots(len(mine), 2, squeeze=False, sharex=True, sharey="row")
     for (site, quantizer), line in zip(mine.items(), panels, strict=True):
-        given = quantizer.to(before[site].device).quantize(before[site], {})
+        given = quantizer.to(before[site].device).quantize(before[site])
         images = [each[0, :DRAWN_TOKENS].float().abs().T.numpy() for each in (before[site], given.values)]  # [C,T]
         smooth = "nearest" if len(images[0]) <= 512 else "antialiased"  # more channels than the picture has lines
         style = {"cmap": "cividis", "vmin": 0, "vmax": images[0].max(), "interpolation": smooth}

@@ -54,15 +54,21 @@ def subclasses(cls: Any) -> list[Any]:
 def save(path: str, settings: Mapping[Any, Setting], about: Mapping[str, Any]) -> None:
     """Write the quantizers of fitted settings, and about: the model, the flags, the versions.
 
-    {"quantizers": {site's name: {bits: state_of}}}: keys and values of any two widths can be joined.
+    {"quantizers": {site's name: {bits: state_of}}}: keys and values of any two widths can be joined. Where sites share
+    their bits they cannot, and the key is the label of their row's width.
     """
     quantizers: dict[str, dict] = {}
-    for setting in settings.values():
+    for row, setting in settings.items():
         for site, quantizer in setting.items():
-            quantizers.setdefault(site.name, {})[quantizer.bits] = state_of(quantizer)
+            quantizers.setdefault(site.name, {})[width_in_file(row, quantizer)] = state_of(quantizer)
     content = io.BytesIO()
     torch.save({"format": FORMAT, "format_version": VERSION, **about, "quantizers": quantizers}, content)
     write_atomically(path, lambda file: file.write(content.getbuffer()))
+
+
+def width_in_file(row: Any, quantizer: Quantizer) -> Any:
+    """Return what a file calls a quantizer of a row: its bits; where sites share bits, the label of the row."""
+    return row.abits if quantizer.shares_bits else quantizer.bits
 
 
 def load(path: str) -> dict[str, Any]:
@@ -189,17 +195,18 @@ def fitted(data: Mapping, model_type: str, sites: Sequence[Site], settings: Mapp
             has = f"it has {there} channels for {name}, this model has {here.get(name, 'none')}"
             raise UserError(f"quantizer file {origin}: {has}")
     return {
-        row: {site: stored(path, quantizers.get(site.name, {}), site, plain) for site, plain in setting.items()}
+        row: {site: stored(path, quantizers.get(site.name, {}), site, plain, row) for site, plain in setting.items()}
         for row, setting in settings.items()
     }
 
 
-def stored(path: str, known: Mapping, site: Site, plain: Any) -> Quantizer:
-    """Return the quantizer of a site from what a file has for it by width; plain is the same, not fitted."""
+def stored(path: str, known: Mapping, site: Site, plain: Any, row: Any = None) -> Quantizer:
+    """Return the quantizer of a site in a row from what a file has for it by width; plain is the same, not fitted."""
     reason = ""
     try:
-        has_levels = plain.bits in known or getattr(plain, "levels", None) == "nuq"
-        found = known[plain.bits if has_levels else None]  # KVQuant's own files may have ranges alone
+        width = width_in_file(row, plain)
+        has_levels = width in known or getattr(plain, "levels", None) == "nuq"
+        found = known[width if has_levels else None]  # KVQuant's own files may have ranges alone
         if not isinstance(found, Quantizer):
             found = replace(plain, **(found if plain.axis == "channel" else {**found, "lo": None, "hi": None}))
         asked = {name: getattr(plain, name) for name in ("recent", "counts_clipped") if hasattr(plain, name)}
@@ -208,7 +215,7 @@ def stored(path: str, known: Mapping, site: Site, plain: Any) -> Quantizer:
         if (found.bits, found.sinks) != (plain.bits, plain.sinks):
             raise UserError("it has other bits or sinks than its name and its settings say")
         if not found.sources:  # else it needs what they give
-            found.quantize(torch.zeros(1, found.sinks + 1, site.channels), {})  # whether it fits so many channels
+            found.quantize(torch.zeros(1, found.sinks + 1, site.channels))  # whether it fits so many channels
         if getattr(found, "axis", None) == "channel" and getattr(found, "lo", True) is None:
             raise UserError("its range is missing")
         if getattr(found, "scale", None) == "calibrated" and getattr(found, "amax", None) is None:

@@ -9,12 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from simquant.calibrated_flags import CalibratedFlags, of_the_fit
-from simquant.flags import checked, with_method
+from simquant.flags import SHORT, checked, with_method
 from simquant.methods import METHODS
 from simquant.parsing import format_list, width_list
 from simquant.plans import BASELINE, PROJECTIONS, Plan
 
-SHORT = ("nf", "nuq")  # forms of --kv_format
 UNIFORM = format_list("uniform")  # what KVQuant's own file without levels is, unless the command says NormalFloat
 Sources = list[tuple[Plan, "Mapping[str, Any] | None"]]
 
@@ -63,7 +62,7 @@ def is_alike(name: str, usual: object, value: object) -> bool:
     if name in ("perchannel", "pertoken"):
         return isinstance(value, list) and all(each in list(PROJECTIONS) for each in value)
     if isinstance(usual, list):
-        kinds = (int, str) if name == "abits" else (int,)
+        kinds = (int, float, str) if name == "abits" else (int,)
         return isinstance(value, list) and all(type(each) in kinds for each in value)
     return type(value) is type(usual) or (usual is None and type(value) is float)
 

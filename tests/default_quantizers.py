@@ -6,7 +6,6 @@ A row of METHODS is in it by itself, and tests/test_quantizers.py takes every ro
 import itertools
 from contextlib import suppress
 from dataclasses import fields
-from types import SimpleNamespace
 from typing import NamedTuple
 
 import torch
@@ -72,9 +71,9 @@ def matrix():
     return rows
 
 
-def taps_for(quantizer, x):
-    """Return taps that hold, for every source of a quantizer, something that resembles x [B,T,C]."""
-    return {source: SimpleNamespace(values=0.9 * x + 0.1 * x.roll(1, -1)) for source in quantizer.sources}
+def others_for(quantizer, x):
+    """Return what every source of a quantizer may have given back: something that resembles x [B,T,C]."""
+    return [0.9 * x + 0.1 * x.roll(1, -1) for _ in quantizer.sources]
 
 
 def activations(windows, tokens=40, channels=CHANNELS, seed=0):
@@ -89,7 +88,7 @@ def fitted(quantizer, x=None):
     """Return a quantizer fitted to activations [N,T,C] and a gradient of any size there."""
     x = activations(3) if x is None else x
     grad = torch.randn(x.shape, generator=torch.Generator().manual_seed(1)) ** 3
-    return quantizer.fit(x, grad if quantizer.needs_gradient else None, taps_for(quantizer, x))
+    return quantizer.fit(x, grad if quantizer.needs_gradient else None, others_for(quantizer, x))
 
 
 MATRIX = matrix()

@@ -53,7 +53,7 @@ class QuantizingLayer(DynamicLayer):
     def seen(self, x, part, old):
         turn, back = self.turned if self.turned and part == "keys" else (lambda y: y, lambda y: y)
         flat = back(x[:, :, :old]).transpose(1, 2).flatten(2)
-        given = self.quantizers[part].quantize(flat, {}).values if old > 0 else flat
+        given = self.quantizers[part].quantize(flat).values if old > 0 else flat
         return torch.cat([turn(given.unflatten(2, (x.shape[1], -1)).transpose(1, 2)), x[:, :, old:]], 2)
 
 

@@ -277,7 +277,7 @@ def test_a_calibrated_scale_is_the_greatest_of_each_head_behind_the_sinks():
     x = torch.randn(2, 9, 2 * HEAD, generator=torch.Generator().manual_seed(0))
     x[0, 5, 7], x[1, 3, HEAD + 2], x[:, 0] = -40, 600, 1e4
     plain = made("fp8_calibrated", sinks=1)
-    fitted = plain.fit(x, None, {})
+    fitted = plain.fit(x, None)
     assert fitted.amax.tolist() == [40, 600] and plain.amax is None and METHODS["fp8_calibrated"].calibrated
     other = x[:, 1:].unflatten(-1, (2, HEAD)).transpose(1, 2) * 1.5
     for head, most in enumerate(np.float32([40, 600])):
@@ -287,7 +287,7 @@ def test_a_calibrated_scale_is_the_greatest_of_each_head_behind_the_sinks():
     assert torch.equal(plain.coded(other), made("fp8").coded(other))
     with pytest.raises(UserError, match="2 heads were calibrated, and here are 3"):
         fitted.coded(torch.zeros(1, 3, 1, HEAD))
-    assert fitted.fit(torch.zeros_like(x), None, {}).coded(other).abs().max() == 0
+    assert fitted.fit(torch.zeros_like(x), None).coded(other).abs().max() == 0
 
 
 def test_what_is_clipped_lies_beyond_the_greatest_float():

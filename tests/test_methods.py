@@ -97,7 +97,7 @@ class Coarse(Quantizer):
 
     bits: int = 4
 
-    def quantize(self, x, taps=None):
+    def quantize(self, x, others=()):
         return Quantized(x.round())
 
     def cost(self, tokens, channels):

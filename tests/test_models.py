@@ -319,7 +319,7 @@ def test_average_bits_weigh_layers_by_what_a_long_cache_holds_of_them():
 
     def count(module, args, out, site):
         if site in setting:
-            kept = setting[site].quantize(out, {}).outliers.sum().item()
+            kept = setting[site].quantize(out).outliers.sum().item()
             each = 2 + site.layer + 32 * kept / (64 * 16) + 32 / 16  # width, outliers, a range for each token
         else:
             each = 16

@@ -477,8 +477,8 @@ def test_a_quantizer_with_sources_loads_though_they_are_not_there(saved, found):
     class Dependent(qu.ScalarQuantizer):
         sources: tuple = ((0, "keys"),)
 
-        def quantize(self, x, taps):
-            return qu.Quantized(taps[self.sources[0]].values)
+        def quantize(self, x, others):
+            return qu.Quantized(others[0])
 
     plain = Dependent("token")
     made = quantizer_file.made_of(quantizer_file.state_of(plain))
@@ -491,7 +491,7 @@ def test_a_calibrated_scale_that_is_missing_and_a_transform_beyond_any_head_are_
     site = qu.Site(0, "keys", KEYS, torch.nn.Identity(), 16)
     with pytest.raises(qu.UserError, match="its scale is missing"):
         quantizer_file.stored("q.pkl", {8: plain}, site, plain)
-    fitted = plain.fit(torch.randn(1, 3, 16), None, {})
+    fitted = plain.fit(torch.randn(1, 3, 16), None)
     assert quantizer_file.stored("q.pkl", {8: fitted}, site, plain) is fitted
     state = quantizer_file.state_of(plain) | {"head": 2**16, "transform": "hadamard", "span": 2**16}
     with pytest.raises(qu.UserError, match="at most 1024"):

@@ -5,7 +5,7 @@ import itertools
 
 import pytest
 import torch
-from default_quantizers import CALIBRATED, CHANNELS, DATA_FREE, MATRIX, VARIANTS, activations, fitted, taps_for
+from default_quantizers import CALIBRATED, CHANNELS, DATA_FREE, MATRIX, VARIANTS, activations, fitted, others_for
 
 import quant_utils as qu
 from simquant import quantizer_file
@@ -20,7 +20,7 @@ every_variant = pytest.mark.parametrize("quantizer", VARIANTS.values(), ids=map(
 
 def given_back(quantizer, x):
     """Return what the cache gives back for x [B,T,C]."""
-    return quantizer.quantize(x, taps_for(quantizer, x))
+    return quantizer.quantize(x, others_for(quantizer, x))
 
 
 def plain_state(state):
@@ -167,7 +167,7 @@ def test_quantizing_twice_changes_nothing_more(quantizer):
 
 def all_given_back(x, quantizers):
     """Return what each quantizer gives back, as one graph computes it."""
-    return [quantizer.quantize(x, taps_for(quantizer, x)) for quantizer in quantizers]
+    return [quantizer.quantize(x, others_for(quantizer, x)) for quantizer in quantizers]
 
 
 def test_every_row_is_traced_as_one_graph_that_gives_the_same():
@@ -228,7 +228,7 @@ def test_attached_it_changes_what_the_model_attends_to_and_detached_nothing(plai
     for site, quantizer in setting.items():
         own, given = seen[site.module]
         is_elsewhere = quantizer.sources or quantizer.after_rope or quantizer.recent
-        assert is_elsewhere or torch.equal(quantizer.quantize(own, {}).values, given), site
+        assert is_elsewhere or torch.equal(quantizer.quantize(own).values, given), site
     assert hook_count(small) == 0 and torch.equal(small(ids).logits, before)
     with pytest.raises(RuntimeError, match="inside"), qu.quantized(setting):
         assert hook_count(small) > 0

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from quant_utils import WINDOWS, Quantized, Quantizer, Tap, UserError
+from quant_utils import WINDOWS, Quantized, Quantizer, UserError
 
 
 def hadamard(size: int) -> Tensor:
@@ -105,7 +105,7 @@ class HeadQuantizer(Quantizer):
         body = transformed(x[:, self.sinks :].float(), self.forward)  # tokens first: one product of two matrices
         return body.unflatten(-1, (-1, self.head)).transpose(1, 2)
 
-    def quantize(self, x: Tensor, taps: Mapping[tuple[int, str], Tap] = {}) -> Quantized:
+    def quantize(self, x: Tensor, others: Sequence[Tensor] = ()) -> Quantized:
         """See Quantizer. The result is rounded to x's own dtype."""
         heads = self.heads(x)
         if heads.numel() == 0:

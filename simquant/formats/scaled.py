@@ -8,7 +8,7 @@ what shares one.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import NamedTuple
@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from quant_utils import Quantized, Tap, UserError, is_vector, stored
+from quant_utils import Quantized, UserError, is_vector, stored
 from simquant.formats.heads import HeadQuantizer, finite_or_zero, half_away
 
 # -- What x / scale is rounded to
@@ -212,7 +212,7 @@ class ScaledQuantizer(HeadQuantizer):
         """The greatest magnitude of an element."""
         return ELEMENTS[self.element].most
 
-    def fit(self, x: Tensor, grad: Tensor | None, taps: Mapping[tuple[int, str], Tap]) -> ScaledQuantizer:
+    def fit(self, x: Tensor, grad: Tensor | None, others: Sequence[Tensor] = ()) -> ScaledQuantizer:
         """See Quantizer. A calibrated scale is that of the greatest magnitude of every head."""
         if self.scale != "calibrated":
             return self
@@ -233,9 +233,9 @@ class ScaledQuantizer(HeadQuantizer):
         unit, scale = self.scaled(x)
         return (ELEMENTS[self.element].round(unit) * scale).reshape(x.shape)
 
-    def quantize(self, x: Tensor, taps: Mapping[tuple[int, str], Tap] = {}) -> Quantized:
+    def quantize(self, x: Tensor, others: Sequence[Tensor] = ()) -> Quantized:
         """See HeadQuantizer."""
-        given = super().quantize(x, taps)
+        given = super().quantize(x, others)
         if not self.counts_clipped or "float" not in ELEMENTS[self.element].words or x.shape[1] <= self.sinks:
             return given
         clipped = self.clipped(self.heads(x)).transpose(1, 2).flatten(2)

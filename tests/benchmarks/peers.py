@@ -67,7 +67,7 @@ class Published(qu.Quantizer):
     settings: qu.ScalarQuantizer
     bits: float = 0
 
-    def quantize(self, x, taps):
+    def quantize(self, x, others=()):
         """See Quantizer. One window at a time."""
         return qu.Quantized(published(x[0].float(), self.settings)[None].to(x.dtype))
 

@@ -1,0 +1,139 @@
+"""Prediction (AQUA-KV, arXiv:2501.19392): only what other caches do not tell of a token is quantized."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from quant_utils import WINDOWS, Quantized, Quantizer, Setting, UserError
+
+RIDGE = 1e-3  # of the regression, as a share of the mean square of a source's channels
+MOST_CHANNELS = 2**14
+# {name: {part: (how many layers below, part) of what it is predicted from}}
+SOURCES: dict[str, dict[str, tuple[tuple[int, str], ...]]] = {
+    "all": {"keys": ((1, "keys"), (1, "values")), "values": ((0, "keys"), (1, "keys"), (1, "values"))},
+    "aqua": {"keys": ((1, "keys"),), "values": ((0, "keys"), (1, "values"))},
+}
+
+
+@dataclass(frozen=True, eq=False)
+class PredictedQuantizer(Quantizer):
+    """A format of whole tokens that may code what is left of them after a linear prediction. A subclass has the code.
+
+    bits     that an entry takes on average, any number in (0, 8]
+    sinks    leading tokens that stay exact
+    recent   tokens of the residual window (see Quantizer)
+    window   its rule, one of WINDOWS
+    predict  a row of SOURCES: which caches it is predicted from; None for none
+    sources  those of them that the setting quantizes (see Quantizer)
+    weight   fp16 [C'+1,C] of the prediction: a row for each channel of the sources, and the bias
+    """
+
+    bits: float = 2
+    sinks: int = 0
+    recent: int = 0
+    window: str = "last"
+    predict: str | None = None
+    sources: tuple[tuple[int, str], ...] = ()
+    weight: Tensor | None = None
+
+    def __post_init__(self):
+        is_count = all(type(each) is int and each >= 0 for each in (self.sinks, self.recent))
+        if type(self.bits) not in (int, float) or not 0 < self.bits <= 8 or not is_count or self.window not in WINDOWS:
+            raise UserError(f"no {self.bits} bits with {self.sinks} sinks, {self.recent} recent tokens")
+        if self.predict not in (None, *SOURCES):
+            raise UserError(f"there is no prediction {str(self.predict)[:40]!r}: {' or '.join(SOURCES)}")
+        if self.weight is not None and not is_matrix(self.weight):
+            raise UserError("its prediction is no matrix of numbers in fp16")
+
+    def fit_code(self, x: Tensor, grad: Tensor | None) -> Self:
+        """Return a copy whose code is fitted to x [N,T,C], which is fp32 and has no sinks, and the gradient there."""
+        raise NotImplementedError
+
+    def coded(self, x: Tensor) -> Tensor:
+        """Return x [B,T,C] fp32 as it is decoded."""
+        raise NotImplementedError
+
+    def fit(self, x: Tensor, grad: Tensor | None, others: Sequence[Tensor] = ()) -> Self:
+        """See Quantizer. The prediction is a ridge regression on the sources; the code is fitted to the residual."""
+        x, *others = (each[:, self.sinks :] for each in (x, *others))
+        weight = regression(x, others) if others else None
+        residual = x.float() - guess(others, weight) if weight is not None else x.float()
+        grad = None if grad is None else grad[:, self.sinks :]
+        return replace(self, weight=weight).fit_code(residual, grad)
+
+    def quantize(self, x: Tensor, others: Sequence[Tensor] = ()) -> Quantized:
+        """See Quantizer. The result is rounded to x's own dtype."""
+        body = x[:, self.sinks :].float()
+        if body.numel() == 0:
+            return Quantized(x)
+        if self.weight is None:
+            values = self.coded(body)
+        else:
+            predicted = guess([each[:, self.sinks :] for each in others], self.weight)
+            values = self.coded(body - predicted) + predicted
+        return Quantized(torch.cat([x[:, : self.sinks], values.to(x.dtype)], 1))
+
+    @property
+    def entry_bits(self) -> float:
+        """Bits that an entry of a quantized token takes."""
+        raise NotImplementedError
+
+    def cost(self, tokens: int, channels: int) -> float:
+        """See Quantizer. A token that stays exact takes 16 bits an entry."""
+        quantized = self.quantized_tokens(tokens)
+        return channels * (16 * (tokens - quantized) + self.entry_bits * quantized)
+
+    @property
+    def extras(self) -> list[str]:
+        """What __str__ says of every such format: the prediction, and the tokens that stay exact."""
+        words = ["predicted from the layer below"] if self.predict else []
+        if self.sinks:
+            words.append(f"first {self.sinks} tokens exact" if self.sinks > 1 else "first token exact")
+        return [*words, f"latest {self.recent} tokens exact"] if self.recent else words
+
+
+def is_matrix(value: Any) -> bool:
+    """Return whether value is a plain fp16 matrix of finite numbers, at most MOST_CHANNELS * 4 by MOST_CHANNELS."""
+    is_plain = type(value) is Tensor and value.layout is torch.strided and not value.requires_grad
+    is_plain = is_plain and value.dtype == torch.float16 and value.ndim == 2
+    return is_plain and len(value) <= 4 * MOST_CHANNELS and value.shape[1] <= MOST_CHANNELS and value.isfinite().all()
+
+
+def product(x: Tensor, matrix: Tensor) -> Tensor:
+    """Return x [...,n] @ matrix [n,m], in fp32."""
+    return x.float() @ matrix.float()
+
+
+def guess(others: Sequence[Tensor], weight: Tensor) -> Tensor:
+    """Return [B,T,C] fp32: what others [B,T,C'] predict by weight [C'+1,C], whose last row is the bias."""
+    return product(torch.cat([*others], -1), weight[:-1]) + weight[-1]
+
+
+def regression(x: Tensor, others: Sequence[Tensor]) -> Tensor:
+    """Return fp16 [C'+1,C]: the ridge regression of x [N,T,C] on others [N,T,C'], summed window by window in fp64."""
+    size = 1 + sum(each.shape[-1] for each in others)
+    gram, moment = (torch.zeros(size, n, dtype=torch.float64, device=x.device) for n in (size, x.shape[-1]))
+    for target, *inputs in zip(x, *others, strict=True):
+        rows = torch.cat([*inputs, torch.ones_like(target[:, :1])], -1).double()
+        gram += rows.T @ rows
+        moment += rows.T @ target.double()
+    gram.diagonal().add_(RIDGE * gram.diagonal().mean())
+    return torch.linalg.solve(gram, moment).clamp(-6e4, 6e4).half()
+
+
+def with_sources(setting: Setting) -> Setting:
+    """Return setting with the sources of all that is to be predicted; the layer below is the next quantized one."""
+    layers = sorted({site.layer for site in setting})
+    keys = {site.key for site in setting}
+    linked = dict(setting)
+    for site, each in setting.items():
+        if isinstance(each, PredictedQuantizer) and each.predict is not None:
+            at = layers.index(site.layer)
+            wanted = [(layers[at - down], part) for down, part in SOURCES[each.predict][site.part] if at >= down]
+            linked[site] = replace(each, sources=tuple(source for source in wanted if source in keys))
+    return linked

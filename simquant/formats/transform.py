@@ -1,0 +1,177 @@
+"""Transform coding: decorrelate all channels of a token, then spend bits where the loss feels them.
+
+The transform is the Karhunen-Loeve transform (KLT) in the metric of the loss, its Fisher information. Every component
+has its own k-means levels, and as many bits as it earns by reverse water-filling over all layers: from 0 to 8. With
+plain PCA instead this is KVTC (arXiv:2511.01815); simquant/formats/prediction.py goes around it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from dataclasses import dataclass, field, replace
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from quant_utils import Setting, UserError, is_vector
+from simquant.formats.allocation import column_kmeans, water_fill
+from simquant.formats.prediction import PredictedQuantizer, is_matrix, product
+
+RIDGE = 0.2  # how much of a flat metric is mixed into the Fisher information
+METRICS = {"fisher": "in the metric of Fisher information", "pca": "(PCA)"}
+MOST = 8  # bits of a component
+
+
+@dataclass(frozen=True, eq=False)
+class TransformQuantizer(PredictedQuantizer):
+    """z = (x - mean) @ forward, every component of z to the nearest of its own levels, and back by the inverse.
+
+    metric      fisher or pca: in what metric components are uncorrelated, and their errors add up
+    mean        fp32 [C]
+    forward     fp16 [C,C]; the inverse is that of these rounded numbers, so that rounding them costs nothing
+    widths      int16 [C] bits of each component, 0 to 8
+    levels      fp32 [sum of 2**widths]: those of the first component, sorted, then those of the second, ...
+    distortion  fp32 [C,9] error of each component at 0 to 8 bits, in units of the loss; gone when bits are agreed upon
+    """
+
+    metric: str = "fisher"
+    mean: Tensor | None = None
+    forward: Tensor | None = None
+    widths: Tensor | None = None
+    levels: Tensor | None = None
+    distortion: Tensor | None = None
+    shares_bits = True
+    inverse: Tensor | None = field(init=False, repr=False, default=None)  # fp32 [C,C]
+    table: Tensor | None = field(init=False, repr=False, default=None)  # fp32 [C,256] levels, padded with inf
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.metric not in METRICS:
+            raise UserError(f"there is no metric {str(self.metric)[:40]!r}: {' or '.join(METRICS)}")
+        if self.forward is None:
+            return
+        size = len(self.forward)
+        is_sound = is_matrix(self.forward) and is_vector(self.mean) and is_vector(self.levels)
+        is_sound = is_sound and self.widths.dtype == torch.int16 and self.widths.shape == self.mean.shape == (size,)
+        if not is_sound or self.forward.shape != (size, size) or self.widths.max() > MOST:
+            raise UserError("its transform, its mean, its widths and its levels do not belong together")
+        inverse, info = torch.linalg.inv_ex(self.forward.double())
+        if info.item() or not inverse.isfinite().all():
+            raise UserError("its transform has no inverse")
+        object.__setattr__(self, "inverse", inverse.float())
+        object.__setattr__(self, "table", padded(self.levels, self.widths))
+
+    @property
+    def needs_gradient(self) -> bool:
+        """See Quantizer."""
+        return self.metric == "fisher"
+
+    def fit_code(self, x: Tensor, grad: Tensor | None) -> Self:
+        """See PredictedQuantizer. The first fit gives each site its own share of bits; agreed and a second follow."""
+        root, unit = (None, 1.0) if grad is None else fisher_root(grad)
+        mean, forward = klt(x, root)
+        columns = product(x.flatten(0, 1) - mean, forward).T.contiguous().sort(1).values  # [C,N]
+        widths, distortion = self.widths, None
+        if widths is None:
+            distortion = unit * torch.stack([column_kmeans(columns, width)[1] for width in range(MOST + 1)], 1)
+            widths = water_fill(distortion, self.bits).to(torch.int16)
+        levels = levels_of(columns, widths)
+        return replace(self, mean=mean, forward=forward, widths=widths, levels=levels, distortion=distortion)
+
+    @classmethod
+    def agreed(cls, setting: Setting) -> Setting:
+        """See Quantizer. Sites of the same bits, and of caches of as many tokens, share them."""
+        sharing: dict[Hashable, Setting] = {}
+        for site, each in setting.items():
+            if isinstance(each, cls) and each.distortion is not None:
+                sharing.setdefault((each.bits, site.tokens), {})[site] = each
+        changed = dict(setting)
+        for (bits, _), mine in sharing.items():
+            tables = [each.distortion for each in mine.values()]
+            widths = water_fill(torch.cat(tables), bits).to(torch.int16).split([len(table) for table in tables])
+            told = zip(mine.items(), map(torch.clone, widths), strict=True)  # a file holds no views
+            changed |= {site: replace(each, widths=own, **UNFITTED) for (site, each), own in told}
+        return changed if sharing else setting
+
+    def coded(self, x: Tensor) -> Tensor:
+        """See PredictedQuantizer."""
+        components = product(x - self.mean, self.forward)
+        return product(nearest_of_own(components, self.table), self.inverse) + self.mean
+
+    @property
+    def entry_bits(self) -> float:
+        """See PredictedQuantizer. The transform and the levels are constants of the model, and not counted."""
+        return self.bits if self.widths is None else self.widths.double().mean().item()
+
+    def __str__(self) -> str:
+        """Return a line of plain words, the bits left out."""
+        return ", ".join([f"KLT of all heads {METRICS[self.metric]}, shared bits, k-means levels", *self.extras])
+
+
+UNFITTED = dict.fromkeys(("mean", "forward", "levels", "distortion"))
+
+
+def gram(x: Tensor) -> Tensor:
+    """Return [C,C] fp64: the mean of x xᵀ over the tokens of x [N,T,C], window by window."""
+    total = torch.zeros(x.shape[-1], x.shape[-1], dtype=torch.float64, device=x.device)
+    for rows in x:
+        total += rows.double().T @ rows.double()
+    return total / (x.shape[0] * x.shape[1])
+
+
+def fisher_root(grad: Tensor) -> tuple[Tensor, float]:
+    """Return (root [C,C] fp64, unit): root @ root * unit is the Fisher information of gradients [N,T,C], with a ridge.
+
+    To second order an error e costs the loss e @ G @ e, G being that; so it costs unit times the square of root @ e.
+    """
+    fisher = gram(grad)
+    unit = fisher.diagonal().mean()
+    flat = torch.eye(len(fisher), dtype=torch.float64, device=grad.device)
+    if not unit > 0:  # nothing here reaches the loss
+        return flat, 0.0
+    scale, basis = torch.linalg.eigh((1 - RIDGE) * fisher / unit + RIDGE * flat)
+    return (basis * scale.clamp(min=RIDGE / 2).sqrt()) @ basis.T, unit.item()
+
+
+def klt(x: Tensor, root: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return (mean [C], forward fp16 [C,C]): the columns of (x - mean) @ forward are uncorrelated, the largest first.
+
+    Their plain squared error is that in the metric of root [C,C]: with U the eigenvectors of root @ cov(x) @ root,
+    forward is root @ U.
+    """
+    mean = x.mean((0, 1), dtype=torch.float64)
+    covariance = gram(x) - mean[:, None] * mean
+    root = torch.eye(len(mean), dtype=torch.float64, device=x.device) if root is None else root
+    vectors = torch.linalg.eigh(root @ covariance @ root).eigenvectors.flip(1)
+    return mean.float(), (root @ vectors).half()
+
+
+def levels_of(columns: Tensor, widths: Tensor) -> Tensor:
+    """Return [sum of 2**widths]: the k-means levels of sorted columns [C,N], each at its own width."""
+    own: list[Tensor] = [columns[:0, 0]] * len(columns)
+    for width in widths.unique().tolist():
+        places = (widths == width).nonzero().squeeze(1)
+        fitted, _ = column_kmeans(columns[places].contiguous(), width)
+        for place, levels in zip(places.tolist(), fitted, strict=True):
+            own[place] = levels
+    return torch.cat(own)
+
+
+def padded(levels: Tensor, widths: Tensor) -> Tensor:
+    """Return [C,256] of levels [sum of 2**widths], a row for each component, with inf behind them."""
+    counts = 2 ** widths.long()
+    if counts.sum() != len(levels):
+        raise UserError(f"it has {len(levels)} levels for components that have {counts.sum()}")
+    table = torch.full((len(widths), 2**MOST), torch.inf, device=levels.device)
+    table[torch.arange(2**MOST, device=levels.device) < counts[:, None]] = levels
+    if not (table[:, 1:] >= table[:, :-1]).all():
+        raise UserError("its levels are not sorted")
+    return table
+
+
+def nearest_of_own(components: Tensor, table: Tensor) -> Tensor:
+    """Return components [B,T,C], each at the nearest of the sorted levels in its own row of table [C,L]."""
+    columns = components.flatten(0, -2).T.contiguous()  # [C,N]
+    borders = (table[:, 1:] + table[:, :-1]) / 2
+    return table.gather(1, torch.searchsorted(borders, columns)).T.reshape(components.shape)
