@@ -584,9 +584,12 @@ class Tap:
 
     def others(self, device: torch.device) -> list[Tensor]:
         """Return what the sources gave back for the same tokens, [B,T,C'] each. UserError for one that comes later."""
-        if any(tap.values is None for tap in self.sources):
-            raise UserError(f"{self.site.name} runs before what it is predicted from: leave out --predict")
-        return [tap.values.to(device) for tap in self.sources if tap.values is not None]
+        values = []
+        for tap in self.sources:
+            if tap.values is None:
+                raise UserError(f"{self.site.name} runs before what it is predicted from: leave out --predict")
+            values.append(tap.values.to(device))
+        return values
 
     def remember(self, values: Tensor) -> None:
         """Keep values [B,T,C] for those who predict from them, and release what nobody needs any more."""

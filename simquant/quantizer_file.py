@@ -194,17 +194,20 @@ def fitted(data: Mapping, model_type: str, sites: Sequence[Site], settings: Mapp
             origin = f"{path!r} was calibrated for {about['name'] or 'another model'}"
             has = f"it has {there} channels for {name}, this model has {here.get(name, 'none')}"
             raise UserError(f"quantizer file {origin}: {has}")
+    channels = {site.key: site.channels for site in sites}
     return {
-        row: {site: stored(path, quantizers.get(site.name, {}), site, plain, row) for site, plain in setting.items()}
+        row: {site: stored(data, site, plain, width_in_file(row, plain), channels) for site, plain in setting.items()}
         for row, setting in settings.items()
     }
 
 
-def stored(path: str, known: Mapping, site: Site, plain: Any, row: Any = None) -> Quantizer:
-    """Return the quantizer of a site in a row from what a file has for it by width; plain is the same, not fitted."""
-    reason = ""
+def stored(data: Mapping, site: Site, plain: Any, width: Any, channels: Mapping[tuple[int, str], int]) -> Quantizer:
+    """Return the quantizer that load's data has for a site in a width; plain is the same, not fitted.
+
+    channels are those of all sites, by (layer, part).
+    """
+    path, known, reason = data["path"], data["quantizers"].get(site.name, {}), ""
     try:
-        width = width_in_file(row, plain)
         has_levels = width in known or getattr(plain, "levels", None) == "nuq"
         found = known[width if has_levels else None]  # KVQuant's own files may have ranges alone
         if not isinstance(found, Quantizer):
@@ -214,8 +217,10 @@ def stored(path: str, known: Mapping, site: Site, plain: Any, row: Any = None) -
         found = replace(found, **changed) if changed else found
         if (found.bits, found.sinks) != (plain.bits, plain.sinks):
             raise UserError("it has other bits or sinks than its name and its settings say")
-        if not found.sources:  # else it needs what they give
-            found.quantize(torch.zeros(1, found.sinks + 1, site.channels))  # whether it fits so many channels
+        if tuple(map(tuple, found.sources)) != plain.sources:
+            raise UserError("it is predicted from other layers than these: quantize those that it was calibrated with")
+        blanks = [torch.zeros(1, found.sinks + 1, channels[source]) for source in plain.sources]
+        found.quantize(torch.zeros(1, found.sinks + 1, site.channels), blanks)  # whether it fits so many channels
         if getattr(found, "axis", None) == "channel" and getattr(found, "lo", True) is None:
             raise UserError("its range is missing")
         if getattr(found, "scale", None) == "calibrated" and getattr(found, "amax", None) is None:

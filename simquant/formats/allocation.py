@@ -8,27 +8,41 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-LLOYD_STEPS = 30
+LLOYD_STEPS = 20
 
 
-def column_kmeans(columns: Tensor, width: int) -> tuple[Tensor, Tensor]:
-    """Return ([C,2**width] sorted levels, [C] mean squared errors) of sorted columns [C,N]: Lloyd steps on all at once.
+def kmeans_tables(columns: Tensor, most: int) -> tuple[Tensor, Tensor]:
+    """Return ([C,2**(most+1)-1] levels, [C,most+1] mean squared errors) of the k-means of sorted columns [C,N].
 
-    They start where a normal distribution has the best levels of high resolution: at quantiles of one sqrt(3) as wide.
+    Levels are those of 0 bits, then the sorted ones of 1 bit, up to `most` bits. They start where a normal distribution
+    has the best ones of many bits, at the quantiles of one sqrt(3) times as wide; Lloyd steps move all at once.
     """
-    count, length = 2**width, columns.shape[1]
+    length, counts = columns.shape[1], [2**width for width in range(most + 1)]
     totals = F.pad(columns.double().cumsum(1), (1, 0))
-    share = (torch.arange(count, dtype=torch.float64) + 0.5) / count
+    share = torch.cat([(torch.arange(count, dtype=torch.float64) + 0.5) / count for count in counts])
     start = torch.special.ndtr(torch.special.ndtri(share) * math.sqrt(3)) * (length - 1)
     levels = columns[:, start.long().to(columns.device)].double()
-    for _ in range(LLOYD_STEPS if width else 1):
-        borders = ((levels[:, 1:] + levels[:, :-1]) / 2).float().contiguous()
-        edges = F.pad(torch.searchsorted(columns, borders), (1, 0))
-        edges = F.pad(edges, (0, 1), value=length)
-        mass, moment = edges.diff(dim=1), totals.gather(1, edges).diff(dim=1)
+    is_first = torch.zeros(levels.shape[1], dtype=torch.bool, device=columns.device)
+    is_first[[2**width - 1 for width in range(most + 1)]] = True
+    is_last = is_first.roll(-1)
+    for _ in range(LLOYD_STEPS):
+        edges = torch.searchsorted(columns, ((levels[:, 1:] + levels[:, :-1]) / 2).float())  # also between widths
+        sums = totals.gather(1, edges)
+        mass, moment = (
+            F.pad(each, (0, 1)).where(~is_last, whole) - F.pad(each, (1, 0)).where(~is_first, 0)
+            for each, whole in ((edges, length), (sums, totals[:, -1:]))
+        )
         levels = (moment / mass).where(mass > 0, levels)
-    error = columns.double().square().mean(1) - (moment.square() / mass.clamp(min=1)).sum(1) / length
+    gains = (moment.square() / mass.clamp(min=1)).split(counts, 1)
+    error = columns.double().square().mean(1, keepdim=True) - torch.stack([each.sum(1) for each in gains], 1) / length
     return levels.float(), error.clamp(min=0).float()
+
+
+def chosen_levels(levels: Tensor, widths: Tensor) -> Tensor:
+    """Return [sum of 2**widths]: of kmeans_tables' levels those of each component's own width, one after another."""
+    places = torch.arange(1, levels.shape[1] + 1, device=levels.device)
+    width = (places + 0.5).log2().floor()  # that each place is for
+    return levels[width == widths[:, None]]
 
 
 def water_fill(distortion: Tensor, bits: float) -> Tensor:

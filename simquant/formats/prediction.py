@@ -56,26 +56,40 @@ class PredictedQuantizer(Quantizer):
 
     def coded(self, x: Tensor) -> Tensor:
         """Return x [B,T,C] fp32 as it is decoded."""
-        raise NotImplementedError
+        return self.coded_in(x, torch.float32)
+
+    def coded_in(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return the same where matrices are multiplied in dtype. Formats with large ones differ."""
+        return self.coded(x)
 
     def fit(self, x: Tensor, grad: Tensor | None, others: Sequence[Tensor] = ()) -> Self:
         """See Quantizer. The prediction is a ridge regression on the sources; the code is fitted to the residual."""
-        x, *others = (each[:, self.sinks :] for each in (x, *others))
+        x, *others = (self.behind_sinks(each) for each in (x, *others))
         weight = regression(x, others) if others else None
-        residual = x.float() - guess(others, weight) if weight is not None else x.float()
-        grad = None if grad is None else grad[:, self.sinks :]
-        return replace(self, weight=weight).fit_code(residual, grad)
+        fitted = replace(self, weight=weight)
+        grad = None if grad is None else self.behind_sinks(grad)
+        return fitted.fit_code(x.float() - fitted.predicted(others, product_dtype(x)), grad)
+
+    def behind_sinks(self, x: Tensor) -> Tensor:
+        """Return x [B,T,C] without its sinks; x itself if there are none."""
+        return x[:, self.sinks :] if self.sinks else x
+
+    def predicted(self, others: Sequence[Tensor], dtype: torch.dtype) -> Tensor | float:
+        """Return [B,T,C] fp32 that others [B,T,C'] predict, multiplied in dtype; 0 if there are none."""
+        if (len(others) > 0) != (self.weight is not None):
+            raise UserError("its prediction is missing, or what it predicts from")
+        if self.weight is None:
+            return 0.0
+        return product(torch.cat([*others], -1), self.weight[:-1], dtype) + self.weight[-1]
 
     def quantize(self, x: Tensor, others: Sequence[Tensor] = ()) -> Quantized:
         """See Quantizer. The result is rounded to x's own dtype."""
-        body = x[:, self.sinks :].float()
+        body = self.behind_sinks(x).float()
         if body.numel() == 0:
             return Quantized(x)
-        if self.weight is None:
-            values = self.coded(body)
-        else:
-            predicted = guess([each[:, self.sinks :] for each in others], self.weight)
-            values = self.coded(body - predicted) + predicted
+        dtype = product_dtype(x)
+        predicted = self.predicted([self.behind_sinks(each) for each in others], dtype)
+        values = self.coded_in(body - predicted, dtype) + predicted
         return Quantized(torch.cat([x[:, : self.sinks], values.to(x.dtype)], 1))
 
     @property
@@ -104,14 +118,14 @@ def is_matrix(value: Any) -> bool:
     return is_plain and len(value) <= 4 * MOST_CHANNELS and value.shape[1] <= MOST_CHANNELS and value.isfinite().all()
 
 
-def product(x: Tensor, matrix: Tensor) -> Tensor:
-    """Return x [...,n] @ matrix [n,m], in fp32."""
-    return x.float() @ matrix.float()
+def product(one: Tensor, other: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return one [...,n] @ other [n,m] in fp32, from numbers rounded to dtype."""
+    return (one.to(dtype) @ other.to(dtype)).float()
 
 
-def guess(others: Sequence[Tensor], weight: Tensor) -> Tensor:
-    """Return [B,T,C] fp32: what others [B,T,C'] predict by weight [C'+1,C], whose last row is the bias."""
-    return product(torch.cat([*others], -1), weight[:-1]) + weight[-1]
+def product_dtype(x: Tensor) -> torch.dtype:
+    """Return in which dtype matrices multiply what is as x: fp16 for the 16-bit activations of a GPU, else fp32."""
+    return torch.float16 if x.is_cuda and x.dtype.itemsize == 2 else torch.float32
 
 
 def regression(x: Tensor, others: Sequence[Tensor]) -> Tensor:
@@ -123,7 +137,7 @@ def regression(x: Tensor, others: Sequence[Tensor]) -> Tensor:
         gram += rows.T @ rows
         moment += rows.T @ target.double()
     gram.diagonal().add_(RIDGE * gram.diagonal().mean())
-    return torch.linalg.solve(gram, moment).clamp(-6e4, 6e4).half()
+    return torch.cholesky_solve(moment, torch.linalg.cholesky(gram)).clamp(-6e4, 6e4).half().contiguous()
 
 
 def with_sources(setting: Setting) -> Setting:

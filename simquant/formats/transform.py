@@ -7,15 +7,15 @@ plain PCA instead this is KVTC (arXiv:2511.01815); simquant/formats/prediction.p
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+import functools
 from dataclasses import dataclass, field, replace
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
-from quant_utils import Setting, UserError, is_vector
-from simquant.formats.allocation import column_kmeans, water_fill
+from quant_utils import Setting, Site, UserError, is_vector
+from simquant.formats.allocation import chosen_levels, kmeans_tables, water_fill
 from simquant.formats.prediction import PredictedQuantizer, is_matrix, product
 
 RIDGE = 0.2  # how much of a flat metric is mixed into the Fisher information
@@ -36,14 +36,15 @@ class TransformQuantizer(PredictedQuantizer):
     """
 
     metric: str = "fisher"
-    mean: Tensor | None = None
-    forward: Tensor | None = None
-    widths: Tensor | None = None
-    levels: Tensor | None = None
+    mean: Tensor = None  # type: ignore[assignment]  # this and what follows are there when it is fitted
+    forward: Tensor = None  # type: ignore[assignment]
+    widths: Tensor = None  # type: ignore[assignment]
+    levels: Tensor = None  # type: ignore[assignment]
     distortion: Tensor | None = None
+    inverse: Tensor = field(init=False, repr=False, default=None)  # type: ignore[assignment]  # fp32 [C,C]
+    table: Tensor = field(init=False, repr=False, default=None)  # type: ignore[assignment]  # [C,256], padded with inf
+    borders: Tensor = field(init=False, repr=False, default=None)  # type: ignore[assignment]  # [C,255]
     shares_bits = True
-    inverse: Tensor | None = field(init=False, repr=False, default=None)  # fp32 [C,C]
-    table: Tensor | None = field(init=False, repr=False, default=None)  # fp32 [C,256] levels, padded with inf
 
     def __post_init__(self):
         super().__post_init__()
@@ -60,7 +61,9 @@ class TransformQuantizer(PredictedQuantizer):
         if info.item() or not inverse.isfinite().all():
             raise UserError("its transform has no inverse")
         object.__setattr__(self, "inverse", inverse.float())
-        object.__setattr__(self, "table", padded(self.levels, self.widths))
+        table = padded(self.levels, self.widths)
+        object.__setattr__(self, "table", table)
+        object.__setattr__(self, "borders", (table[:, 1:] + table[:, :-1]) / 2)
 
     @property
     def needs_gradient(self) -> bool:
@@ -71,33 +74,34 @@ class TransformQuantizer(PredictedQuantizer):
         """See PredictedQuantizer. The first fit gives each site its own share of bits; agreed and a second follow."""
         root, unit = (None, 1.0) if grad is None else fisher_root(grad)
         mean, forward = klt(x, root)
-        columns = product(x.flatten(0, 1) - mean, forward).T.contiguous().sort(1).values  # [C,N]
-        widths, distortion = self.widths, None
-        if widths is None:
-            distortion = unit * torch.stack([column_kmeans(columns, width)[1] for width in range(MOST + 1)], 1)
-            widths = water_fill(distortion, self.bits).to(torch.int16)
-        levels = levels_of(columns, widths)
+        columns = (forward.float().T @ (x.flatten(0, 1) - mean).T).sort(1).values  # [C,N]
+        every_level, errors = kmeans_tables(columns, MOST)
+        distortion = unit * errors if self.widths is None else None
+        widths = self.widths if distortion is None else water_fill(distortion, self.bits).to(torch.int16)
+        levels = chosen_levels(every_level, widths)
         return replace(self, mean=mean, forward=forward, widths=widths, levels=levels, distortion=distortion)
 
     @classmethod
     def agreed(cls, setting: Setting) -> Setting:
         """See Quantizer. Sites of the same bits, and of caches of as many tokens, share them."""
-        sharing: dict[Hashable, Setting] = {}
+        sharing: dict[tuple[float, int], dict[Site, TransformQuantizer]] = {}
         for site, each in setting.items():
-            if isinstance(each, cls) and each.distortion is not None:
+            if isinstance(each, TransformQuantizer) and each.distortion is not None:
                 sharing.setdefault((each.bits, site.tokens), {})[site] = each
         changed = dict(setting)
         for (bits, _), mine in sharing.items():
-            tables = [each.distortion for each in mine.values()]
-            widths = water_fill(torch.cat(tables), bits).to(torch.int16).split([len(table) for table in tables])
-            told = zip(mine.items(), map(torch.clone, widths), strict=True)  # a file holds no views
-            changed |= {site: replace(each, widths=own, **UNFITTED) for (site, each), own in told}
+            tables = [each.distortion for each in mine.values() if each.distortion is not None]
+            shares = water_fill(torch.cat(tables), bits).to(torch.int16).split([len(table) for table in tables])
+            for (site, each), widths in zip(mine.items(), shares, strict=True):
+                changed[site] = replace(each, widths=widths.clone(), **UNFITTED)  # a file holds no views
         return changed if sharing else setting
 
-    def coded(self, x: Tensor) -> Tensor:
+    def coded_in(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         """See PredictedQuantizer."""
-        components = product(x - self.mean, self.forward)
-        return product(nearest_of_own(components, self.table), self.inverse) + self.mean
+        tokens = (x - self.mean).flatten(0, 1)
+        columns = product(self.forward.T, tokens.T, dtype)  # [C,N], as the search wants them
+        decoded = product(nearest_of_own(columns, self.table, self.borders).T, self.inverse, dtype)
+        return (decoded + self.mean).view_as(x)
 
     @property
     def entry_bits(self) -> float:
@@ -109,7 +113,7 @@ class TransformQuantizer(PredictedQuantizer):
         return ", ".join([f"KLT of all heads {METRICS[self.metric]}, shared bits, k-means levels", *self.extras])
 
 
-UNFITTED = dict.fromkeys(("mean", "forward", "levels", "distortion"))
+UNFITTED: dict[str, Any] = dict.fromkeys(("mean", "forward", "levels", "distortion"))
 
 
 def gram(x: Tensor) -> Tensor:
@@ -120,6 +124,7 @@ def gram(x: Tensor) -> Tensor:
     return total / (x.shape[0] * x.shape[1])
 
 
+@functools.lru_cache(maxsize=1)  # all rates of a site ask for the same, one after another
 def fisher_root(grad: Tensor) -> tuple[Tensor, float]:
     """Return (root [C,C] fp64, unit): root @ root * unit is the Fisher information of gradients [N,T,C], with a ridge.
 
@@ -147,17 +152,6 @@ def klt(x: Tensor, root: Tensor | None) -> tuple[Tensor, Tensor]:
     return mean.float(), (root @ vectors).half()
 
 
-def levels_of(columns: Tensor, widths: Tensor) -> Tensor:
-    """Return [sum of 2**widths]: the k-means levels of sorted columns [C,N], each at its own width."""
-    own: list[Tensor] = [columns[:0, 0]] * len(columns)
-    for width in widths.unique().tolist():
-        places = (widths == width).nonzero().squeeze(1)
-        fitted, _ = column_kmeans(columns[places].contiguous(), width)
-        for place, levels in zip(places.tolist(), fitted, strict=True):
-            own[place] = levels
-    return torch.cat(own)
-
-
 def padded(levels: Tensor, widths: Tensor) -> Tensor:
     """Return [C,256] of levels [sum of 2**widths], a row for each component, with inf behind them."""
     counts = 2 ** widths.long()
@@ -170,8 +164,6 @@ def padded(levels: Tensor, widths: Tensor) -> Tensor:
     return table
 
 
-def nearest_of_own(components: Tensor, table: Tensor) -> Tensor:
-    """Return components [B,T,C], each at the nearest of the sorted levels in its own row of table [C,L]."""
-    columns = components.flatten(0, -2).T.contiguous()  # [C,N]
-    borders = (table[:, 1:] + table[:, :-1]) / 2
-    return table.gather(1, torch.searchsorted(borders, columns)).T.reshape(components.shape)
+def nearest_of_own(columns: Tensor, table: Tensor, borders: Tensor) -> Tensor:
+    """Return columns [C,N] with each entry at the nearest level of its row of table [C,L]; borders are [C,L-1]."""
+    return table.gather(1, torch.searchsorted(borders, columns, out_int32=True).long())
