@@ -100,6 +100,11 @@ class TransformQuantizer(PredictedQuantizer):
         return product(nearest_of_own(components, self.table), self.inverse) + self.mean
 
     @property
+    def derived_bytes(self) -> int:
+        """Bytes of the inverse, in the precision of the transform: the file does not hold it, an engine does."""
+        return 0 if self.forward is None else self.forward.nbytes
+
+    @property
     def entry_bits(self) -> float:
         """See PredictedQuantizer. The transform and the levels are constants of the model, and not counted."""
         return self.bits if self.widths is None else self.widths.double().mean().item()
