@@ -30,12 +30,13 @@ def print_results(model, config, flags, settings: Mapping[Any, Setting], run: re
 
 
 def print_constants(sizes: Mapping[Any, int], found: Sequence[Site]) -> None:
-    """Print the bytes {row: of report.constant_bytes} of each format, if they are WORTH_SAYING beside the cache."""
-    least, words = WORTH_SAYING * cache_bytes(found), []
+    """Print sizes {row: report.constant_bytes}, of each format the most, if that is WORTH_SAYING beside the cache."""
+    words = []
     for name in dict.fromkeys(row.format for row in sizes):
-        mine = sorted(size for row, size in sizes.items() if row.format == name)
-        shown = dict.fromkeys(size_words(size) for size in (mine[0], mine[-1]))
-        words += [f"{' to '.join(shown)} for {name}"] if mine[-1] > least else []
+        shown = {size_words(size): size for row, size in sizes.items() if row.format == name}
+        text, most = max(shown.items(), key=lambda each: each[1])
+        up_to = "up to " if len(shown) > 1 else ""
+        words += [f"{up_to}{text} for {name}"] if most > WORTH_SAYING * cache_bytes(found) else []
     if words:
         print(f"constants beside the cache, such as transforms and levels: {', '.join(words)}")
 
