@@ -214,9 +214,9 @@ def draw_widths(axes, lines: Sequence[np.ndarray | None]):
 def save_bits(path: str, flags, settings: Mapping[Any, Setting]) -> None:
     """Write the picture of --plot_bits: of the narrowest setting that shares bits, which its title names."""
     row, setting = sharing(settings)
+    title = heading(flags, {row: setting})
     mean = np.concatenate([widths_of(each) for each in setting.values()]).mean()
-    line = f"{row}: {mean:.2f} bits a component on average"
-    save_figure(path, draw_bits(setting, f"{heading(flags, {row: setting})}\n{line}"))
+    save_figure(path, draw_bits(setting, f"{title}\n{row}: {mean:.2f} bits a component on average"))
 
 
 def draw(flags, model, run, settings: Mapping[Any, Setting], setting: Setting) -> None:
@@ -225,8 +225,9 @@ def draw(flags, model, run, settings: Mapping[Any, Setting], setting: Setting) -
         save_bits(flags.plot_bits, flags, settings)
     if flags.plot_activations is not None:
         window, layer = next(iter(run.texts.values()))[0], drawn_layer(setting, flags.plot_layer)
-        figure = draw_activations(model, window, setting, layer, heading(flags, settings))
-        save_figure(flags.plot_activations, figure)
+        row = next(row for row, each in settings.items() if each is setting)
+        title = heading(flags, {row: setting}) + f"\n{row}" * (sum(map(bool, settings.values())) > 1)
+        save_figure(flags.plot_activations, draw_activations(model, window, setting, layer, title))
 
 
 def drawn_layer(setting: Setting, asked: int | None) -> int:

@@ -275,6 +275,22 @@ def test_a_picture_of_bits_replaces_no_input_and_nothing_but_pictures(fitted, tm
     assert (tmp_path / "q.png").read_bytes() == (fitted / "q.pkl").read_bytes()
 
 
+@pytest.mark.parametrize("rows", [1, 2])
+def test_activations_are_those_of_the_row_that_the_title_names(monkeypatch, rows):
+    """Of one row there is nothing to tell apart."""
+    site, saved = site_of(0, "keys", 4), {}
+    two, three = ({site: ScalarQuantizer("token", bits)} for bits in (2, 3))
+    settings = {Row("unquantized", 16, "nothing"): {}, Row("uniform", 2, "keys"): two, Row("nuq", 3, "keys"): three}
+    monkeypatch.setattr(component_plots, "draw_activations", lambda *given: given)
+    monkeypatch.setattr(component_plots, "save_figure", saved.__setitem__)
+    flags = CalibratedFlags(model="some/where", plot_activations="a.png")
+    run = report.Run({"text": torch.zeros(2, 4)}, [*settings], [], 4)
+    component_plots.draw(flags, "a model", run, dict([*settings.items()][: rows + 1]), two)
+    model, window, drawn, layer, title = saved["a.png"]
+    assert (model, window.tolist(), drawn, layer) == ("a model", [0] * 4, two, 0)
+    assert title.splitlines() == ["where", "keys: uniform per token", "uniform, abits 2, keys"][: rows + 1]
+
+
 def test_titles_and_labels_lie_over_no_other(tmp_path):
     """A figure of one panel has room for a whole title."""
     setting = {site_of(layer, "keys", 16): made([3] * 16) for layer in range(3)}
