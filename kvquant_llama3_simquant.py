@@ -53,11 +53,11 @@ def calibrate(flags: CalibratedFlags, given: dict) -> None:
     run.begin(flags, given)
     from simquant import describe, files, memory, models, quantizer_file, text_names, texts
 
-    files.check_writable(
-        [flags.quantizer_path, flags.export_kvquant], [*text_names.files_read(flags.calib_dataset), flags.model]
-    )
+    written, read = [flags.quantizer_path, flags.export_kvquant], [*text_names.files_read(flags.calib_dataset)]
+    files.check_writable([*written, flags.plot_bits], [*read, flags.model])
     if not flags.overwrite:
-        files.check_replaceable([flags.quantizer_path, flags.export_kvquant], QUANTIZER_FILES)
+        files.check_replaceable(written, QUANTIZER_FILES)
+        files.check_replaceable([flags.plot_bits], files.PICTURES)
     config, tokenizer = models.load_config_and_tokenizer(flags.model, flags.revision)
     windows, shape = texts.load_for_calibration(flags, config, tokenizer), models.skeleton(flags, config)
     sites, settings = run.settings_of(shape, flags, [(flags.plan(), None)])
@@ -78,15 +78,17 @@ def calibrate(flags: CalibratedFlags, given: dict) -> None:
 
 def save(flags: CalibratedFlags, fitted: dict, made_for: dict) -> None:
     """Write the files that the flags name."""
-    from simquant import kvquant_file, models, quantizer_file
+    from simquant import component_plots, kvquant_file, models, quantizer_file
 
     about = {"model": made_for, "settings": of_the_fit(flags), "calibration": {"seqlen": flags.seqlen}}
     quantizer_file.save(flags.quantizer_path or "", fitted, about | {"versions": models.versions()})
-    if flags.export_kvquant is not None:
-        try:
+    try:
+        if flags.export_kvquant is not None:
             kvquant_file.export(flags.export_kvquant, run.narrowest(fitted))
-        except OSError as error:
-            raise OSError(f"{error}; {flags.quantizer_path!r} is saved") from error
+        if flags.plot_bits is not None:
+            component_plots.save_bits(flags.plot_bits, flags, fitted)
+    except OSError as error:
+        raise OSError(f"{error}; {flags.quantizer_path!r} is saved") from error
 
 
 def evaluation_command(flags: CalibratedFlags) -> str:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from simquant import parsing
-from simquant.flags import Flags, QuantizationFlags, count
+from simquant.flags import Flags, QuantizationFlags, count, picture
 from simquant.methods import METHODS
 from simquant.parsing import flag, flag_fields, fraction, plain_settings
 from simquant.plans import BASELINE, Plan
@@ -30,6 +30,10 @@ class CalibrationFlags:
         "fisher", "with --klt, in what metric channels are decorrelated and errors weighed", ("fisher", "pca")
     )
     predict: bool = flag(False, "with --klt, code only what the layer below does not predict")
+    plot_bits: str | None = flag(
+        None, "with --klt, draw how many bits each component of each layer has, as .png or .svg", picture,
+        decides=False, metavar="FILE",
+    )  # fmt: skip
     fisher: bool = flag(False, "with --nuq, weigh the fit by Fisher information")
     fisher_weighting: str = flag("paper", "Fisher information times the squared range, or alone", ("paper", "code"))
     norm: bool = flag(False, "Q-Norm: decoded levels keep mean and standard deviation")
@@ -59,8 +63,9 @@ class CalibratedFlags(CalibrationFlags, Flags):
             "--fisher weighs the fit of a NUQ codebook: add --nuq, or leave it out":
                 self.fisher and "nuq" not in self.methods(),
             "--predict and --klt_metric are for transform coding: add --klt":
-                (self.predict or self.klt_metric != "fisher")
-                and not any(METHODS[name].shares_bits for name in self.methods()),
+                (self.predict or self.klt_metric != "fisher") and not self.shares_bits(),
+            "--plot_bits shows how transform coding shares bits: add --klt, and a width below 16":
+                self.plot_bits is not None and not (self.quantizes() and (self.shares_bits() or self.reads_file())),
             "--attribution takes layers apart, and --predict codes what the layer below leaves: leave one of them out":
                 self.attribution and self.predict,
             f"--clamp rounds the zero point of uniform levels, and {', '.join(self.methods())} has none":
@@ -87,9 +92,17 @@ class CalibratedFlags(CalibrationFlags, Flags):
         path = self.quantizer_path
         return () if path is None else (path,) if os.path.exists(path) else tuple(path.split(","))
 
+    def reads_file(self) -> bool:
+        """Return whether quantizer files say which methods there are, beside those that the command names."""
+        return not self.calibrate and self.quantizer_path is not None
+
+    def shares_bits(self) -> bool:
+        """Return whether a method shares bits between components."""
+        return any(METHODS[name].shares_bits for name in self.methods())
+
     def odd_widths(self) -> list[str]:
         """See Flags. In an evaluation the quantizer file says which method takes them."""
-        return super().odd_widths() if self.calibrate or self.quantizer_path is None else []
+        return [] if self.reads_file() else super().odd_widths()
 
     def is_fitted(self) -> bool:
         """Return whether a calibration has something to fit in some format: its levels, or its ranges."""

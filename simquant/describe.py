@@ -10,6 +10,8 @@ from quant_utils import PARTS, Setting, Site
 from simquant import memory, models, prefixes, report, tables, texts
 from simquant.sites import PlacedSite, layers_without_attention
 
+WORTH_SAYING = 1e-3  # of the cache in 16 bits: from there on the bytes of constants are printed
+
 
 def print_results(model, config, flags, settings: Mapping[Any, Setting], run: report.Run) -> None:
     """Print the table of a run, what its columns are, and what was measured how."""
@@ -20,10 +22,33 @@ def print_results(model, config, flags, settings: Mapping[Any, Setting], run: re
     print(f"\n±: standard error; {against}GiB: of a cache of {run.context} tokens")
     if len(tables.formats_of(rows)) > 1 and tables.front(rows):
         print("*: Pareto front: no other row of the text has at most these bits and this Δppl, and less of one")
+    print_constants(dict(zip(run.rows, run.constants, strict=True)), run.sites)
     print_settings(model, config, flags, settings)
     print_hybrid(model, run.sites)
     if flags.quantizes() and not run.is_paired:
         print("\n--baseline also measures the unquantized model, and shows what quantization costs")
+
+
+def print_constants(sizes: Mapping[Any, int], found: Sequence[Site]) -> None:
+    """Print sizes {row: report.constant_bytes}, of each format the most, if that is WORTH_SAYING beside the cache."""
+    words = []
+    for name in dict.fromkeys(row.format for row in sizes):
+        shown = {size_words(size): size for row, size in sizes.items() if row.format == name}
+        text, most = max(shown.items(), key=lambda each: each[1])
+        up_to = "up to " if len(shown) > 1 else ""
+        words += [f"{up_to}{text} for {name}"] if most > WORTH_SAYING * cache_bytes(found) else []
+    if words:
+        print(f"constants beside the cache, such as transforms and levels: {', '.join(words)}")
+
+
+def cache_bytes(found: Sequence[Site]) -> int:
+    """Return what the cache takes in 16 bits."""
+    return 2 * sum(site.channels * site.tokens for site in found)
+
+
+def size_words(size: float) -> str:
+    """Return bytes in GiB; in MiB if they are few."""
+    return f"{size / 2**30:.2f} GiB" if size >= 0.1 * 2**30 else f"{size / 2**20:.2f} MiB"
 
 
 def print_settings(model, config, flags, settings: Mapping[Any, Setting]) -> None:
@@ -70,11 +95,11 @@ def print_plan(flags, shape, found: Sequence[PlacedSite], settings: Mapping[Any,
     start = ", each begins with BOS" if texts.bos_of(flags, shape.config) == "window" else ""
     for name, each in windows.items():
         print(f"{name}: {len(each)} windows of {flags.seqlen} tokens{start}")
-    cache = 2 * sum(site.channels * site.tokens for site in found)
-    sizes = [models.weight_bytes(shape), memory.free_memory(device), cache]
+    sizes = [models.weight_bytes(shape), memory.free_memory(device), cache_bytes(found)]
     weights, free, held = (f"{size / 2**30:.2f} GiB" for size in sizes)
     print(f"weights: {weights}; {free} are free on {device}")
     print(f"cache of {flags.report_context} tokens in 16 bits: {held}")
+    print_constants({row: report.constant_bytes(setting) for row, setting in settings.items()}, found)
     if any(quantizer.recent for setting in settings.values() for quantizer in setting.values()):
         size = window_bytes(shape, found, flags.seqlen) / 2**20
         print(f"residual windows: attention reads up to three copies, {size:.1f} MiB more for each window of a batch")

@@ -10,6 +10,8 @@ from typing import BinaryIO
 
 from quant_utils import UserError
 
+PICTURES = (b"\x89PNG", b"<?xml", b"<svg")  # how they begin
+
 
 @contextmanager
 def unfinished_file(target: Path) -> Iterator[BinaryIO]:

@@ -1,4 +1,4 @@
-"""Pictures: a sweep, formats compared, an attribution, and a layer's keys and values before and after quantization."""
+"""Pictures of a run's rows: a sweep, formats compared, an attribution."""
 
 from __future__ import annotations
 
@@ -11,17 +11,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 import quant_utils as qu
-from quant_utils import Setting, UserError
+from quant_utils import Setting
 from simquant import report, tables
 from simquant.files import write_atomically
 from simquant.labels import MANY, Label, place_labels, quiet_fonts
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Okabe and Ito: told apart by everyone
 MARKERS = "os^Dv*"
-DRAWN_TOKENS = 256
 DPI, SPREAD = 150, 20
 
 
@@ -206,52 +203,10 @@ def draw_attribution(rows: Sequence[Mapping], title: str = ""):
     return figure
 
 
-def draw_activations(model, window: Tensor, setting: Setting, layer: int, title: str = ""):
-    """Draw |K| and |V| of one layer over tokens and channels, before and after quantization, kept outliers marked.
-
-    window is [T] ids; ranges are those of all of it, and its first DRAWN_TOKENS tokens are drawn.
-    """
-    from matplotlib.figure import Figure
-
-    mine = {site: quantizer for site, quantizer in setting.items() if site.layer == layer}
-    before = qu.record(model, qu.places_of(mine), window[None])
-    figure = Figure(figsize=(8, 3.6 * len(mine)), layout="constrained")
-    panels = figure.subplots(len(mine), 2, squeeze=False, sharex=True, sharey="row")
-    for (site, quantizer), line in zip(mine.items(), panels, strict=True):
-        given = quantizer.to(before[site].device).quantize(before[site])
-        images = [each[0, :DRAWN_TOKENS].float().abs().T.numpy() for each in (before[site], given.values)]  # [C,T]
-        smooth = "nearest" if len(images[0]) <= 512 else "antialiased"  # more channels than the picture has lines
-        style = {"cmap": "cividis", "vmin": 0, "vmax": images[0].max(), "interpolation": smooth}
-        for axes, image in zip(line, images, strict=True):
-            drawn = axes.imshow(image, aspect="auto", origin="lower", **style)
-            axes.set_xlabel("token")
-        line[0].set_ylabel("channel")
-        line[0].set_title(f"{site.part}, layer {layer}, before")
-        line[1].set_title(f"after: {quantizer.bits} bits")
-        if given.outliers is not None:
-            line[1].scatter(*given.outliers[0, :DRAWN_TOKENS].nonzero().T, s=3, linewidths=0, color="#D55E00")
-            line[1].set_title(f"{line[1].get_title()}, outliers marked")
-        figure.colorbar(drawn, ax=list(line), label="magnitude")
-    figure.suptitle(title, fontsize=9)
-    return figure
-
-
-def draw(flags, model, run, settings: Mapping[Any, Setting], setting: Setting) -> None:
-    """Save the pictures that the flags ask for, of all settings; of setting that of --plot_activations."""
+def draw(flags, run, settings: Mapping[Any, Setting]) -> None:
+    """Save the picture that --plot asks for, of a run's rows; settings are what they were measured in."""
+    if flags.plot is None:
+        return
     rows, title = report.all_results(run), heading(flags, settings)
-    if flags.plot is not None:
-        drawn = draw_formats if len(tables.formats_of(rows)) > 1 else draw_sweep
-        save_figure(flags.plot, (draw_attribution if flags.attribution else drawn)(rows, title))
-    if flags.plot_activations is not None:
-        window, layer = next(iter(run.texts.values()))[0], drawn_layer(setting, flags.plot_layer)
-        save_figure(flags.plot_activations, draw_activations(model, window, setting, layer, title))
-
-
-def drawn_layer(setting: Setting, asked: int | None) -> int:
-    """Return the layer to draw: the one that is asked for, else the middle one. UserError if it is not quantized."""
-    layers = sorted({site.layer for site in setting})
-    layer = layers[len(layers) // 2] if asked is None and layers else asked
-    if layer is None or layer not in layers:
-        has = f"layers {', '.join(map(str, layers))} are quantized" if layers else "no layer is quantized"
-        raise UserError(f"--plot_layer {asked} is not there to draw: {has}")
-    return layer
+    drawn = draw_formats if len(tables.formats_of(rows)) > 1 else draw_sweep
+    save_figure(flags.plot, (draw_attribution if flags.attribution else drawn)(rows, title))

@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from typing import Any
 
 import torch
 from torch import Tensor
 
 import quant_utils as qu
-from quant_utils import FIGURES, PARTS, Site
+from quant_utils import FIGURES, PARTS, Quantizer, Setting, Site
 
 
 class Run:
@@ -21,12 +22,14 @@ class Run:
     rows     a simquant.plans.Row for every setting; the first is the unquantized model if others are compared with it
     sites    all that the model caches
     context  tokens of the cache whose size is reported
+    constants  bytes of each row that an engine holds beside the cache, as constant_bytes counts them
     figures  {dataset: [N,S,len(FIGURES)]}, of which the first count[dataset] windows are measured
     seconds  {dataset: wall time of these}
     """
 
     def __init__(self, texts: Mapping[str, Tensor], rows: Sequence[Any], sites: Sequence[Site], context: int):
         self.texts, self.rows, self.sites, self.context = texts, rows, sites, context
+        self.constants = [0] * len(rows)
         blank = torch.tensor(math.nan, dtype=torch.float64)
         self.figures = {name: blank.repeat(len(ids), len(rows), len(FIGURES)) for name, ids in texts.items()}
         self.count, self.seconds = dict.fromkeys(texts, 0), dict.fromkeys(texts, 0.0)
@@ -88,6 +91,26 @@ def storage_cost(means: Mapping[str, float], run: Run) -> dict[str, float | None
     return {"avg_bits": or_none(average), "cache_gib": or_none(average * gib), "fp16_cache_gib": 16 * gib or None}
 
 
+def constant_bytes(setting: Setting) -> int:
+    """Return the bytes of what a setting is fitted to: the model's constants, which an engine holds beside the cache.
+
+    They are the tensors that the quantizer file has, and what a format says of others. Sites may share a quantizer.
+    """
+    return sum(map(tensor_bytes, {id(each): each for each in setting.values()}.values()))
+
+
+def tensor_bytes(quantizer: Quantizer) -> int:
+    """Return the bytes of the tensors among a quantizer's fields, and its derived_bytes, if it has such."""
+    this: Any = quantizer
+    held = [getattr(this, each.name) for each in fields(this) if each.init]
+    own = sum(each.nbytes for each in held if isinstance(each, Tensor))
+    return (
+        own
+        + sum(tensor_bytes(each) for each in held if isinstance(each, Quantizer))
+        + getattr(this, "derived_bytes", 0)
+    )
+
+
 def results(run: Run, dataset: str) -> list[dict]:
     """Return a dict of figures for every row, from the windows of dataset that are measured; None where not known.
 
@@ -95,7 +118,7 @@ def results(run: Run, dataset: str) -> list[dict]:
     lists hold the figures of single windows, from which take_over goes on.
     """
     made, baseline = [], run.done(dataset)[:, 0, 0].tolist()
-    for row, figures in zip(run.rows, run.done(dataset).unbind(1), strict=True):
+    for row, constants, figures in zip(run.rows, run.constants, run.done(dataset).unbind(1), strict=True):
         windows = {name: figures[:, column].tolist() for column, name in enumerate(FIGURES)}
         means = {name: math.fsum(values) / len(values) for name, values in windows.items()}
         ppl, error = qu.perplexity(windows["nll"]), standard_error(windows["nll"])
@@ -107,6 +130,7 @@ def results(run: Run, dataset: str) -> list[dict]:
             **counts, "seconds": run.seconds[dataset] / len(run.rows),
             **(difference if run.is_paired else dict.fromkeys(difference)),
             **{name: or_none(mean) for name, mean in means.items()}, **storage_cost(means, run),
+            "constants_gib": constants / 2**30,
             **{f"window_{name}": list(map(or_none, each)) for name, each in windows.items() if has_figure(each, name)},
         })  # fmt: skip
     return made

@@ -87,7 +87,7 @@ def evaluate(flags: Flags, given: Mapping[str, Any], sources: Sequence[Source] =
     """Measure, print, save and draw what the flags ask for, or what the sources do."""
     begin(flags, given)
     sources = sources or [(flags.plan(), None)]
-    from simquant import describe, kvquant_file, models, plots, prefixes, report, report_file, texts
+    from simquant import component_plots, describe, kvquant_file, models, plots, prefixes, report, report_file, texts
 
     file, exported = output_file(flags), getattr(flags, "export_kvquant", None)
     config, tokenizer = models.load_config_and_tokenizer(flags.model, flags.revision)
@@ -99,7 +99,9 @@ def evaluate(flags: Flags, given: Mapping[str, Any], sources: Sequence[Source] =
         if setting and not any(quantizer.quantized_tokens(flags.seqlen) for quantizer in setting.values()):
             notify(f"{row.format}: its exact tokens cover the window of --seqlen {flags.seqlen}: nothing is quantized")
     if flags.plot_activations:
-        plots.drawn_layer(narrowest(settings), flags.plot_layer)
+        component_plots.drawn_layer(narrowest(settings), flags.plot_layer)
+    if getattr(flags, "plot_bits", None) is not None:
+        component_plots.sharing(settings)
     file.record = make_record(flags, shape, windows)
     known = file.unfinished(windows, decisive(flags)) if flags.resume else {}
     if flags.dry_run:
@@ -112,13 +114,15 @@ def evaluate(flags: Flags, given: Mapping[str, Any], sources: Sequence[Source] =
     found, settings = settings_of(model, flags, sources)
     file.record["environment"] = models.environment(model)
     run = report.Run(windows, list(settings), found, flags.report_context)
+    run.constants = list(map(report.constant_bytes, settings.values()))
     if known:
         report_file.take_over(run, flags.output or "", known, file.record["environment"])
     on_signals(stop)
     with prefixes.stored(model, list(settings.values())):
         failures = [measure_compiled(model, run, settings, flags, file)]
     if processes.index() == 0:
-        failures.append(failure_of(lambda: plots.draw(flags, model, run, settings, narrowest(settings))))
+        failures.append(failure_of(lambda: plots.draw(flags, run, settings)))
+        failures.append(failure_of(lambda: component_plots.draw(flags, model, run, settings, narrowest(settings))))
         describe.print_results(model, config, flags, settings, run)
     for failure in filter(None, failures):
         raise failure
@@ -130,7 +134,10 @@ def output_file(flags: Flags) -> ReportFile:
 
     quantizers, exported = getattr(flags, "quantizer_files", ()), getattr(flags, "export_kvquant", None)
     read = [*text_names.files_read(*flags.datasets), *flags.datasets, *quantizers, flags.model]
-    files.check_writable([flags.output, flags.plot, flags.plot_activations, exported], read)
+    pictures = [flags.plot, flags.plot_activations, getattr(flags, "plot_bits", None)]
+    files.check_writable([flags.output, exported, *pictures], read)
+    if not flags.overwrite:
+        files.check_replaceable(pictures, files.PICTURES)
     file = report_file.ReportFile(flags.output, flags.overwrite)
     if not flags.resume:
         file.check()

@@ -29,6 +29,9 @@ def sources_of(flags: CalibratedFlags, given: Mapping[str, Any]) -> tuple[Calibr
 
     contents = [quantizer_file.load(path) for path in flags.quantizer_files]
     fitted = [with_stored(flags, given, content["settings"], content["path"]) for content in contents]
+    if flags.plot_bits is not None and not any(each.shares_bits() for each in fitted):
+        has = ", ".join(dict.fromkeys(name for each in fitted for name in each.methods()))
+        raise ArgumentTypeError(f"--plot_bits shows how transform coding shares bits, and --quantizer_path holds {has}")
     plans = [each.plan() for each in fitted]
     if len(plans) > 1:
         plans = [replace(plan, label=f" ({Path(c['path']).stem})") for plan, c in zip(plans, contents, strict=True)]

@@ -17,6 +17,7 @@ COLUMNS = {  # {figure: (heading, format)} of all that can be printed, under its
     "delta_percent": ("Δppl%", "+.2f"), "delta_percent_se": ("±%", ".2f"),
     "kl": ("KL", ".6f"), "top1_agreement": ("top-1", ".2%"),
     "saturation": ("clipped", ".3%"), "cache_gib": ("GiB", ".3f"), "fp16_cache_gib": ("fp16 GiB", ".3f"),
+    "constants_gib": ("constants GiB", ".3f"),
     "windows": ("windows", ""), "tokens": ("tokens", ""), "seconds": ("seconds", ".1f"),
 }  # fmt: skip
 USUAL = (

@@ -34,11 +34,11 @@ CALIBRATION_FLAGS = {  # those that the calibrated script has besides
     "calibrate": ON, "quantizer_path": (None, "q.pkl", "q.pkl"), "export_kvquant": (None, "e.pkl", "e.pkl"),
     "nuq": ON, "fisher": ON, "fisher_weighting": ("paper", "code", "code"), "norm": ON, "clamp": ON,
     "cap_outliers": (None, "0.01", 0.01), "calib_dataset": ("wikitext2", "c4", "c4"), "nsamples": (16, "2", 2),
-    "seed": (0, "1", 1),
+    "seed": (0, "1", 1), "plot_bits": (None, "c.png", "c.png"),
 }  # fmt: skip
 COMPANIONS = {  # what a flag does not go without
     "resume": ("--output", "o.json"), "plot_layer": ("--plot_activations", "b.svg"), "fisher": ("--nuq",),
-    "cap_outliers": ("--include_sparse",),
+    "cap_outliers": ("--include_sparse",), "plot_bits": ("--klt",),
 }  # fmt: skip
 NO_FIGURE = {
     "device", "output", "resume", "overwrite", "columns", "plot", "sort",
@@ -98,7 +98,7 @@ def test_every_flag_is_changed_by_its_word_alone(parsed, name):
 def test_what_decides_figures_and_what_decides_a_fit():
     """--resume compares the former; the quantizer file holds the latter, and an evaluation may not contradict it."""
     assert set(EVERY_FLAG) - set(decisive(Flags(model="m"))) == NO_FIGURE
-    more = NO_FIGURE | {"calibrate", "quantizer_path", "export_kvquant"}
+    more = NO_FIGURE | {"calibrate", "quantizer_path", "export_kvquant", "plot_bits"}
     assert {*EVERY_FLAG, *CALIBRATION_FLAGS} - set(decisive(CalibratedFlags(model="m"))) == more
     names = "abits kv_format nf perchannel pertoken include_sparse sparsity_threshold first_few_fp16 skip_layers"
     names += " nuq fisher fisher_weighting norm clamp cap_outliers calib_dataset nsamples seed"
@@ -181,6 +181,13 @@ def test_a_mistake_is_one_line_with_the_value_and_the_remedy(refused, words, sai
         ("--calibrate {} --cap_outliers 0.01", "--cap_outliers.*--include_sparse"),
         ("--calibrate {} --abits 4,3 --export_kvquant e.pkl", "--export_kvquant.*one width"),
         ("--calibrate {} --output a.json", "--output .*leave it out with --calibrate"),
+        ("--calibrate {} --nuq --plot_bits a.png", "--plot_bits shows how transform coding shares bits: add --klt"),
+        ("--kv_format q4_0 --plot_bits a.png", "--plot_bits shows how transform coding shares bits: add --klt"),
+        ("{} --abits 16 --plot_bits a.png", "--plot_bits .* a width below 16"),
+        (
+            "--calibrate {} --klt --plot_bits a.pdf",
+            "--plot_bits: must be a file that ends in .png or .svg, got 'a.pdf'",
+        ),
     ],
 )
 def test_a_mistake_at_the_calibrated_script(refused, words, said):

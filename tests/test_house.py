@@ -10,9 +10,10 @@ from conftest import CALIBRATED_SCRIPT, DYNAMIC_SCRIPT, NANO, ROOT
 SCRIPTS = ["kvquant_simquant_ppl_eval", "kvquant_llama3_simquant"]
 ORDER = [  # from top to bottom: a file imports only what stands below it, anywhere in its text
     *SCRIPTS, "run", "endings", "stored", "calibrated_flags", "flags", "parsing", "plans", "methods", "describe",
-    "texts", "tokens", "text_files", "models", "checkpoints", "prefixes", "memory", "speed", "faster_cpu", "faster_gpu",
-    "cache_check", "sites", "attention", "plots", "labels", "report_file", "report", "quantizer_file", "kvquant_file",
-    "formats", "tables", "files", "text_names", "notices", "processes", "quant_utils",
+    "texts", "tokens", "text_files", "models", "checkpoints", "prefixes", "memory", "speed", "faster_cpu",
+    "faster_gpu", "cache_check", "sites", "attention", "component_plots", "plots", "labels", "report_file",
+    "report", "quantizer_file", "kvquant_file", "formats", "tables", "files", "text_names", "notices", "processes",
+    "quant_utils",
 ]  # fmt: skip
 TOP = {*(f"{name}.py" for name in SCRIPTS), "quant_utils.py", "requirements.txt", "README.md", "tests"}
 HEAVY = {"torch", "transformers", "pyarrow", "pandas", "numpy", "accelerate"}

@@ -16,7 +16,7 @@ from matplotlib.collections import LineCollection
 from matplotlib.text import Text
 
 from quant_utils import ScalarQuantizer
-from simquant import plots
+from simquant import component_plots, plots
 from simquant.flags import Flags
 from simquant.plans import Pair, Row
 from simquant.sites import find_sites
@@ -206,7 +206,7 @@ def test_the_picture_is_that_of_what_is_compared(monkeypatch, rows, attribution,
     monkeypatch.setattr(plots, "heading", lambda flags, sites: "a title")
     monkeypatch.setattr(plots.report, "all_results", lambda run: rows)
     flags = SimpleNamespace(plot="a.png", plot_activations=None, attribution=attribution)
-    plots.draw(flags, None, SimpleNamespace(sites=[]), {}, {})
+    plots.draw(flags, SimpleNamespace(sites=[]), {})
     assert saved == [("a.png", (drawn, rows, "a title"))]
 
 
@@ -276,7 +276,7 @@ def heading_of(shape, abits=((4, 4),), **flags):
 def test_the_heat_map_has_the_activations_and_marks_the_outliers(model, windows):
     keys, values = [site for site in find_sites(model) if site.layer == 2]
     sparse = ScalarQuantizer(axis="channel", bits=2, outliers=0.01, sinks=1)
-    figure = plots.draw_activations(model, windows[0], {keys: sparse, values: ScalarQuantizer("token")}, 2)
+    figure = component_plots.draw_activations(model, windows[0], {keys: sparse, values: ScalarQuantizer("token")}, 2)
     before, after = (torch.from_numpy(axes.images[0].get_array().data) for axes in figure.axes[:2])  # [C,T]
     with torch.inference_mode():
         own = copy.deepcopy(model)  # transformers leaves its hooks on a model that once gave its hidden states

@@ -113,7 +113,7 @@ def test_the_same_figures_stand_in_the_table_and_in_the_json(sweep):
 def test_every_key_of_the_product_before_is_there(sweep):
     whole = sweep[1]
     assert {*whole} == {"script", "model", "settings", "sha256", "environment", "complete", "results"}
-    assert all({*row} == {*KEYS.split(), "format", "layer"} for row in whole["results"])
+    assert all({*row} == {*KEYS.split(), "format", "layer", "constants_gib"} for row in whole["results"])
     assert {*whole["environment"]} == {"versions", "device", "device_name", "dtype", "adapter"}
     assert {*whole["sha256"]} == {str(SAMPLE), "model weights"}
     resolved = {"dtype": "float32", "device": "cpu", "attn_implementation": "sdpa", "compile": "off"}

@@ -104,6 +104,11 @@ class TransformQuantizer(PredictedQuantizer):
         return (decoded + self.mean).view_as(x)
 
     @property
+    def derived_bytes(self) -> int:
+        """Bytes of the inverse, in the precision of the transform: the file does not hold it, an engine does."""
+        return 0 if self.forward is None else self.forward.nbytes
+
+    @property
     def entry_bits(self) -> float:
         """See PredictedQuantizer. The transform and the levels are constants of the model, and not counted."""
         return self.bits if self.widths is None else self.widths.double().mean().item()
