@@ -61,6 +61,7 @@ SCALED, IQ4_NL = "simquant.formats.scaled:ScaledQuantizer", "simquant.formats.iq
 AFFINE, HQQ = "simquant.formats.affine:AffineQuantizer", "simquant.formats.hqq:HqqQuantizer"
 LLOYD_MAX = "simquant.formats.lloyd_max:LloydMaxQuantizer"
 TRANSFORM = "simquant.formats.transform:TransformQuantizer"
+HIGGS, COUPLED = "simquant.formats.higgs:HiggsQuantizer", "simquant.formats.coupled:CoupledQuantizer"
 VLLM, TRITON = "vLLM, csrc/cache_kernels.cu", "vLLM, triton_reshape_and_cache_flash.py"
 GGML, OCP = "llama.cpp, ggml/src/ggml-quants.c", "OCP Microscaling Formats 1.0"
 FAMILIES = {VLLM: "vllm", TRITON: "vllm", GGML: "llama.cpp"}
@@ -149,6 +150,26 @@ METHODS = {
         options={"metric": "pca", "sinks": 4, "recent": 128},
         calibrated=True,
         shares_bits=True,
+    ),
+    "aqua": Method(
+        about="2-bit HIGGS of what the layer below does not predict; first layer 4-bit, first 4 and latest 128 exact",
+        source="AQUA-KV, arXiv:2501.19392",
+        quantizer=HIGGS,
+        options={"bits": 2, "first_bits": 4, "predict": "aqua", "sinks": 4, "recent": 128, "window": "block"},
+        calibrated=True,
+    ),
+    "higgs2": Method(
+        about="pairs of channels at 16 points of the plane after a Hadamard rotation of all heads, a norm a token",
+        source="HIGGS, arXiv:2411.17525, as AQUA-KV quantizes caches with it",
+        quantizer=HIGGS,
+        options={"bits": 2},
+    ),
+    "cq1": Method(
+        about="8 channels share an index of 8 bits into vectors fitted by k-means with Fisher information",
+        source="CQ, arXiv:2405.03917",
+        quantizer=COUPLED,
+        options={"bits": 1, "coupled": 8},
+        calibrated=True,
     ),
     "fp8": scaled("8-bit floats (e4m3), not scaled", VLLM, bits=8, element="e4m3", scale="fixed"),
     "fp8_e5m2": scaled("8-bit floats (e5m2), not scaled", VLLM, bits=8, element="e5m2", scale="fixed"),

@@ -18,6 +18,7 @@ SOURCES: dict[str, dict[str, tuple[tuple[int, str], ...]]] = {
     "all": {"keys": ((1, "keys"), (1, "values")), "values": ((0, "keys"), (1, "keys"), (1, "values"))},
     "aqua": {"keys": ((1, "keys"),), "values": ((0, "keys"), (1, "values"))},
 }
+FIRST_ALONE = {"aqua"}  # rows in which the first layer is not predicted at all, its values from its own keys neither
 
 
 @dataclass(frozen=True, eq=False)
@@ -148,6 +149,7 @@ def with_sources(setting: Setting) -> Setting:
     for site, each in setting.items():
         if isinstance(each, PredictedQuantizer) and each.predict is not None:
             at = layers.index(site.layer)
-            wanted = [(layers[at - down], part) for down, part in SOURCES[each.predict][site.part] if at >= down]
+            asked = SOURCES[each.predict][site.part] if at or each.predict not in FIRST_ALONE else ()
+            wanted = [(layers[at - down], part) for down, part in asked if at >= down]
             linked[site] = replace(each, sources=tuple(source for source in wanted if source in keys))
     return linked
