@@ -137,6 +137,7 @@ class Site:
     tokens: int = field(default=CONTEXT, compare=False, kw_only=True)  # that a cache of the reported size holds here
     head_dim: int = field(default=1, compare=False, kw_only=True)  # D, channels of a head
     readers: tuple[nn.Module, ...] = field(default=(), compare=False, kw_only=True, repr=False)  # attention layers
+    is_late: bool = field(default=False, compare=False, kw_only=True)  # keys whose module may run after the values' own
 
     @property
     def key(self) -> tuple[int, str]:
@@ -571,8 +572,12 @@ class Tap:
 
     @property
     def at_cache(self) -> bool:
-        """Whether it sits where attention reads. Values are the same there, and a window needs both kinds of them."""
-        return self.quantizer.after_rope or (self.window is not None and self.site.part == "values")
+        """Whether it sits where attention reads.
+
+        Values are the same there. A window needs both kinds of them, and what is predicted from late keys comes later.
+        """
+        follows = any(tap.site.is_late and tap.site.layer == self.site.layer for tap in self.sources)
+        return self.quantizer.after_rope or (self.site.part == "values" and (self.window is not None or follows))
 
     def pass_on(self, x: Tensor) -> Tensor:
         """Return x [B,T,C] as the cache gives it back, and remember what there is to remember."""

@@ -14,7 +14,7 @@ from torch import Tensor
 
 import quant_utils as qu
 from quant_utils import Quantized, Quantizer, Setting, Site, UserError
-from simquant.formats.prediction import guess, product
+from simquant.formats.prediction import product
 from simquant.formats.transform import MOST, TransformQuantizer
 from simquant.plots import COLOURS, DPI, heading, save_figure
 
@@ -101,9 +101,9 @@ def mean_squares(passage: Passage) -> tuple[Tensor, Tensor]:
     """
     quantizer: Any = passage.quantizer
     x, *others = (each[:, quantizer.sinks :].float() for each in (passage.x, *passage.others))
-    residual = x if quantizer.weight is None else x - guess(others, quantizer.weight)
+    residual = x - quantizer.predicted(others, x.dtype)
     decoded = quantizer.quantize(passage.x.float(), passage.others).values[:, quantizer.sinks :]
-    moved = product(residual - quantizer.mean, quantizer.forward), product(decoded - x, quantizer.forward)
+    moved = (product(each, quantizer.forward, x.dtype) for each in (residual - quantizer.mean, decoded - x))
     variance, error = (each.double().square().mean((0, 1)).cpu() for each in moved)
     return variance, error
 

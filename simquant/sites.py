@@ -208,6 +208,11 @@ def find_sites(model, context: int = CONTEXT) -> list[PlacedSite]:
             alone = getattr(attention, usual, None) or getattr(attention, "k_proj", None)  # values may be keys' own
             place = place if place.runs != HEADS else replace(place, runs=heads_of(attention, config))
             where = (f"{name}.{usual}", module, channels_of(attention, alone, config), place, alone or module)
-            more: dict[str, Any] = {"readers": readers[attention], "head_dim": head_dim_of(attention, config)}
+            is_late = part == "keys" and bool(re.match(NORMS["keys"], place.module))
+            more: dict[str, Any] = {
+                "is_late": is_late,
+                "readers": readers[attention],
+                "head_dim": head_dim_of(attention, config),
+            }
             sites.append(PlacedSite(at, part, *where, tokens=min(windows.get(at) or context, context), **more))
     return sites

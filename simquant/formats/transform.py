@@ -54,8 +54,9 @@ class TransformQuantizer(PredictedQuantizer):
             return
         size = len(self.forward)
         is_sound = is_matrix(self.forward) and is_vector(self.mean) and is_vector(self.levels)
-        is_sound = is_sound and self.widths.dtype == torch.int16 and self.widths.shape == self.mean.shape == (size,)
-        if not is_sound or self.forward.shape != (size, size) or self.widths.max() > MOST:
+        is_sound = is_sound and isinstance(self.widths, Tensor) and self.widths.dtype == torch.int16
+        is_sound = is_sound and self.widths.shape == self.mean.shape == (size,) == self.forward.shape[1:]
+        if not is_sound or self.widths.min() < 0 or self.widths.max() > MOST:
             raise UserError("its transform, its mean, its widths and its levels do not belong together")
         inverse, info = torch.linalg.inv_ex(self.forward.double())
         if info.item() or not inverse.isfinite().all():
