@@ -788,6 +788,7 @@ def calibrate(
     fitted = fit_in_order(model, settings, activations, gradients, on_fit)
     agreed = {label: agree(setting) for label, setting in fitted.items()}
     again = {label: setting for label, setting in agreed.items() if setting is not fitted[label]}
+    fitted = {label: setting for label, setting in fitted.items() if label not in again}  # first fits may go
     return fitted | fit_in_order(model, again, activations, gradients, on_fit)
 
 
