@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
 import torch
@@ -32,14 +32,20 @@ class CoupledQuantizer(PredictedQuantizer):
     bits: float = 1
     coupled: int = 8
     codebook: Tensor | None = None
+    vectors: Tensor | None = field(init=False, repr=False, default=None)  # the same in fp32
+    middle: Tensor | None = field(init=False, repr=False, default=None)  # fp32 [C/coupled,1,coupled], their mean
 
     def __post_init__(self):
         super().__post_init__()
         is_size = type(self.coupled) is int and 1 <= self.coupled <= 64
         if not is_size or self.bits * self.coupled not in range(1, 13):
             raise UserError(f"no index of 1 to 12 bits gives {str(self.coupled)[:40]} channels {self.bits} bits each")
-        if self.codebook is not None and not is_codebook(self.codebook, 2**self.index_bits, self.coupled):
+        if self.codebook is None:
+            return
+        if not is_codebook(self.codebook, 2**self.index_bits, self.coupled):
             raise UserError(f"its codebook is not of {2**self.index_bits} vectors of {self.coupled} numbers in fp16")
+        object.__setattr__(self, "vectors", self.codebook.float())
+        object.__setattr__(self, "middle", self.codebook.float().mean(1, keepdim=True))
 
     @property
     def index_bits(self) -> int:
@@ -55,24 +61,24 @@ class CoupledQuantizer(PredictedQuantizer):
         """Return [G,N,coupled], groups of neighbouring channels of x [B,T,C]. UserError where they do not divide C."""
         if x.shape[-1] % self.coupled:
             raise UserError(f"groups of {self.coupled} channels do not divide {x.shape[-1]} channels")
-        return x.flatten(0, 1).unflatten(-1, (-1, self.coupled)).transpose(0, 1).contiguous()
+        return x.flatten(0, 1).unflatten(-1, (-1, self.coupled)).transpose(0, 1)
 
     def fit_code(self, x: Tensor, grad: Tensor | None) -> Self:
         """See PredictedQuantizer."""
-        points = self.groups(x)
+        points = self.groups(x).contiguous()
         weight = torch.ones_like(points[..., 0]) if grad is None else importance(self.groups(grad))
         most = torch.finfo(torch.float16).max
         centres = kmeans(points, weight, 2**self.index_bits).clamp(-most, most)
         return replace(self, codebook=centres.half())
 
     def coded(self, x: Tensor) -> Tensor:
-        """See PredictedQuantizer."""
-        if self.codebook is None or x.shape[-1] != self.coupled * len(self.codebook):
+        """See PredictedQuantizer. The codebook's mean is taken away first, so that no digits cancel in the search."""
+        if self.vectors is None or self.middle is None or x.shape[-1] != self.middle.numel():
             raise UserError(f"its codebook is not for {x.shape[-1]} channels")
-        codebook = self.codebook.float()
-        index = nearest_vectors(self.groups(x), codebook)
-        found = codebook.gather(1, index[..., None].expand(-1, -1, self.coupled))
-        return found.transpose(0, 1).reshape(x.shape)
+        index = nearest_vectors(self.groups(x - self.middle.flatten()), self.vectors - self.middle)
+        groups, count, _ = self.vectors.shape
+        place = index.T + count * torch.arange(groups, device=x.device)  # [N,G]: a token's channels stay together
+        return self.vectors.flatten(0, 1)[place].reshape(x.shape)
 
     @property
     def entry_bits(self) -> float:
@@ -99,16 +105,14 @@ def importance(grad: Tensor) -> Tensor:
     return (square / mean).where(mean > 0, 1) + FLOOR
 
 
-def nearest_vectors(points: Tensor, codebook: Tensor) -> Tensor:
-    """Return [G,N]: which of its group's vectors, codebook [G,K,d], is nearest to each of points [G,N,d], in fp32.
+def nearest_vectors(points: Tensor, vectors: Tensor) -> Tensor:
+    """Return [G,N]: which of its group's vectors [G,K,d] is nearest to each of points [G,N,d].
 
-    That is the one of greatest score x·c - |c|²/2, both less the codebook's mean, so that no digits cancel.
+    That is the one of greatest score x·c - |c|²/2.
     """
-    middle = codebook.mean(1, keepdim=True)
-    codebook = codebook - middle
-    bias = codebook.square().sum(-1)[:, None] / -2
-    length = max(1, SCORES // (codebook.shape[0] * codebook.shape[1]))
-    parts = [torch.baddbmm(bias, part - middle, codebook.mT).argmax(-1) for part in points.split(length, 1)]
+    bias = vectors.square().sum(-1)[:, None] / -2
+    length = max(1, SCORES // (vectors.shape[0] * vectors.shape[1]))
+    parts = [torch.baddbmm(bias, part, vectors.mT).argmax(-1) for part in points.split(length, 1)]
     return torch.cat(parts, 1)
 
 

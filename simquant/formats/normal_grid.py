@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-STEPS, STRIDE = 180, 1.6  # of Lloyd's iteration, which converges faster when it goes further than to the centroids
+STEPS, STRIDE = 250, 1.6  # of Lloyd's iteration, which converges faster when it goes further than to the centroids
 NEAR = 16  # points that a cell may border on
 WALL = 7.0  # half the side of the square that cells end at; 5e-12 of the distribution lie outside
 PARALLEL = 1e-12
