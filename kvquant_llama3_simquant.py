@@ -33,7 +33,7 @@ def fit(flags: CalibratedFlags, model, windows) -> tuple[dict, dict]:
     """Return ({row: setting} fitted to windows [N,T], {(row, site): how well}). Processes share the gradients."""
     import quant_utils as qu
     from simquant import memory
-    from simquant.quantizer_file import Fit
+    from simquant.fits import Fit
 
     (_, settings), gradients, fits = run.settings_of(model, flags, [(flags.plan(), None)]), None, {}
 
@@ -42,16 +42,18 @@ def fit(flags: CalibratedFlags, model, windows) -> tuple[dict, dict]:
         fits[row, site] = Fit.of(quantizer, x, given)
 
     with memory.checkpointing_if_short(model, flags.seqlen):
-        if flags.fisher and processes.count() > 1:
-            mine, whole = windows[processes.index() :: processes.count()], next(iter(settings.values()))
-            gradients = processes.interleave(qu.record(model, qu.places_of(whole), mine, gradients=True))
+        needing = any(each.needs_gradient for setting in settings.values() for each in setting.values())
+        if needing and processes.count() > 1:
+            mine, places = windows[processes.index() :: processes.count()], qu.places_of(*settings.values())
+            gradients = processes.interleave(qu.record(model, places, mine, gradients=True))
         return qu.calibrate(model, windows, settings, gradients, on_fit), fits
 
 
 def calibrate(flags: CalibratedFlags, given: dict) -> None:
     """Fit, print how well the quantizers fit, save them, and print how to evaluate them."""
     run.begin(flags, given)
-    from simquant import describe, files, memory, models, quantizer_file, text_names, texts
+    from simquant import describe, files, memory, models, text_names, texts
+    from simquant.fits import fit_table
 
     written, read = [flags.quantizer_path, flags.export_kvquant], [*text_names.files_read(flags.calib_dataset)]
     files.check_writable([*written, flags.plot_bits], [*read, flags.model])
@@ -62,6 +64,7 @@ def calibrate(flags: CalibratedFlags, given: dict) -> None:
     windows, shape = texts.load_for_calibration(flags, config, tokenizer), models.skeleton(flags, config)
     sites, settings = run.settings_of(shape, flags, [(flags.plan(), None)])
     memory.check_host_memory(windows, settings, shape.dtype)
+    memory.warn_of_few_tokens(windows, settings)
     if flags.dry_run:
         describe.print_plan(flags, shape, sites, settings, {flags.calib_dataset: windows})
         return
@@ -70,7 +73,7 @@ def calibrate(flags: CalibratedFlags, given: dict) -> None:
         return
     made_for = {"name": config.name_or_path, "type": config.model_type, "channels": {s.name: s.channels for s in sites}}
     try:
-        print(quantizer_file.fit_table(fits, list(fitted)), flush=True)
+        print(fit_table(fits, list(fitted)), flush=True)
     finally:  # a reader that has left loses nothing
         save(flags, fitted, made_for)
     print(f"\nSaved to {flags.quantizer_path}. To evaluate:\n{evaluation_command(flags)}")

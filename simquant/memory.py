@@ -151,3 +151,11 @@ def check_host_memory(windows: Tensor, settings: Mapping[Any, qu.Setting], dtype
     if need > (free := free_memory(torch.device("cpu"))):
         has = f"{free / 2**30:.1f} GiB are free: lower --nsamples (now {len(windows)}) or --seqlen"
         raise UserError(f"calibration activations take {need / 2**30:.1f} GiB of host memory, but {has}")
+
+
+def warn_of_few_tokens(windows: Tensor, settings: Mapping[Any, qu.Setting]) -> None:
+    """Say so if a transform of C channels is to be fitted to fewer than 4 C tokens."""
+    sharing = [site.channels for setting in settings.values() for site, each in setting.items() if each.shares_bits]
+    if windows.numel() < 4 * max(sharing, default=0):
+        wanted = f"a transform of {max(sharing)} channels wants at least {4 * max(sharing)}: raise --nsamples"
+        notify(f"{windows.numel()} calibration tokens are few, {wanted}")

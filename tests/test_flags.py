@@ -32,13 +32,14 @@ EVERY_FLAG = {  # {flag: (its default, a word that changes it, what it is then)}
 }  # fmt: skip
 CALIBRATION_FLAGS = {  # those that the calibrated script has besides
     "calibrate": ON, "quantizer_path": (None, "q.pkl", "q.pkl"), "export_kvquant": (None, "e.pkl", "e.pkl"),
-    "nuq": ON, "fisher": ON, "fisher_weighting": ("paper", "code", "code"), "norm": ON, "clamp": ON,
+    "nuq": ON, "klt": ON, "klt_metric": ("fisher", "pca", "pca"), "predict": ON,
+    "fisher": ON, "fisher_weighting": ("paper", "code", "code"), "norm": ON, "clamp": ON,
     "cap_outliers": (None, "0.01", 0.01), "calib_dataset": ("wikitext2", "c4", "c4"), "nsamples": (16, "2", 2),
     "seed": (0, "1", 1), "plot_bits": (None, "c.png", "c.png"),
 }  # fmt: skip
 COMPANIONS = {  # what a flag does not go without
     "resume": ("--output", "o.json"), "plot_layer": ("--plot_activations", "b.svg"), "fisher": ("--nuq",),
-    "cap_outliers": ("--include_sparse",), "plot_bits": ("--klt",),
+    "cap_outliers": ("--include_sparse",), "klt_metric": ("--klt",), "predict": ("--klt",), "plot_bits": ("--klt",),
 }  # fmt: skip
 NO_FIGURE = {
     "device", "output", "resume", "overwrite", "columns", "plot", "sort",
@@ -90,7 +91,8 @@ def test_every_flag_is_changed_by_its_word_alone(parsed, name):
     flags, given = parsed(cls, f"--{name}", *([known[name][1]] if known[name][1] else []), *companions)
     assert getattr(flags, name) == known[name][2] and name in given
     changed = {name, *(word.lstrip("-") for word in companions)}
-    changed |= {"nf", "nuq", "kv_format"} if changed & {"nf", "nuq", "kv_format"} else set()
+    forms = {"nf", "nuq", "klt", "kv_format"}
+    changed |= forms if changed & forms else set()
     for other in set(flag_fields(cls)) - changed:
         assert getattr(flags, other) == known[other][0]
 
@@ -101,7 +103,7 @@ def test_what_decides_figures_and_what_decides_a_fit():
     more = NO_FIGURE | {"calibrate", "quantizer_path", "export_kvquant", "plot_bits"}
     assert {*EVERY_FLAG, *CALIBRATION_FLAGS} - set(decisive(CalibratedFlags(model="m"))) == more
     names = "abits kv_format nf perchannel pertoken include_sparse sparsity_threshold first_few_fp16 skip_layers"
-    names += " nuq fisher fisher_weighting norm clamp cap_outliers calib_dataset nsamples seed"
+    names += " nuq klt klt_metric predict fisher fisher_weighting norm clamp cap_outliers calib_dataset nsamples seed"
     settings = of_the_fit(CalibratedFlags(model="m", abits=(Width(4, 2), Width(3, 3))))
     assert set(settings) == set(names.split()) and settings["abits"] == ["4/2", 3]
 
@@ -142,7 +144,7 @@ def test_the_short_forms_of_a_method_and_its_name_say_the_same(parsed):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        ("--abits 1", "--abits.*'1'.*2 to 8, 16"),
+        ("--abits 1", "--abits 1: uniform takes 2 to 8 bits, --klt of kvquant_llama3_simquant.py any"),
         ("--abits 4,3,4", "4 stands there more than once"),
         ("--kv_format nuq", "kv_format nuq.*kvquant_llama3_simquant.py"),
         ("--nf --kv_format uniform", "nf and uniform are several methods"),
@@ -181,6 +183,15 @@ def test_a_mistake_is_one_line_with_the_value_and_the_remedy(refused, words, sai
         ("--calibrate {} --cap_outliers 0.01", "--cap_outliers.*--include_sparse"),
         ("--calibrate {} --abits 4,3 --export_kvquant e.pkl", "--export_kvquant.*one width"),
         ("--calibrate {} --output a.json", "--output .*leave it out with --calibrate"),
+        ("--calibrate {} --abits 4,1.5", "--abits 1.5: uniform takes 2 to 8 bits, --klt any number up to 8"),
+        ("--calibrate {} --nuq --abits 1", "--abits 1: nuq takes 2 to 8 bits"),
+        ("--calibrate {} --klt --abits 8.5", "unknown width '8.5': .*any number up to 8"),
+        ("--calibrate {} --klt --abits 0", "unknown width '0'"),
+        ("--calibrate {} --klt --abits 2,-1", "unknown width '-1'"),
+        ("--calibrate {} --klt --abits nan", "unknown width 'nan'"),
+        ("--calibrate {} --predict", "--predict and --klt_metric are for transform coding: add --klt"),
+        ("--calibrate {} --nuq --klt_metric pca", "--predict and --klt_metric are for transform coding: add --klt"),
+        ("--calibrate {} --klt --nuq", "nuq and klt are several methods: .* without --nuq or --klt"),
         ("--calibrate {} --nuq --plot_bits a.png", "--plot_bits shows how transform coding shares bits: add --klt"),
         ("--kv_format q4_0 --plot_bits a.png", "--plot_bits shows how transform coding shares bits: add --klt"),
         ("{} --abits 16 --plot_bits a.png", "--plot_bits .* a width below 16"),

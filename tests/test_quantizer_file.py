@@ -472,6 +472,12 @@ def test_a_file_that_cannot_be_read_is_not_called_damaged(tmp_path, saved, monke
         quantizer_file.load(saved)
 
 
+def held(site, plain, made):
+    """Return what a file that holds a quantizer for a site gives where plain is asked for."""
+    data = {"path": "q.pkl", "quantizers": {site.name: {plain.bits: made}}}
+    return quantizer_file.stored(data, site, plain, plain.bits, {(0, "keys"): site.channels})
+
+
 def test_a_quantizer_with_sources_loads_though_they_are_not_there(saved, found):
     @dataclass(frozen=True, eq=False)
     class Dependent(qu.ScalarQuantizer):
@@ -482,7 +488,9 @@ def test_a_quantizer_with_sources_loads_though_they_are_not_there(saved, found):
 
     plain = Dependent("token")
     made = quantizer_file.made_of(quantizer_file.state_of(plain))
-    assert quantizer_file.stored("q.pkl", {4: made}, found[1], plain) is made
+    assert held(found[1], plain, made) is made
+    with pytest.raises(qu.UserError, match="predicted from other layers than these"):
+        held(found[1], plain, Dependent("token", sources=((0, "values"),)))
 
 
 def test_a_calibrated_scale_that_is_missing_and_a_transform_beyond_any_head_are_refused():
@@ -490,9 +498,9 @@ def test_a_calibrated_scale_that_is_missing_and_a_transform_beyond_any_head_are_
     plain = ScaledQuantizer(8, 8, scale="calibrated")
     site = qu.Site(0, "keys", KEYS, torch.nn.Identity(), 16)
     with pytest.raises(qu.UserError, match="its scale is missing"):
-        quantizer_file.stored("q.pkl", {8: plain}, site, plain)
+        held(site, plain, plain)
     fitted = plain.fit(torch.randn(1, 3, 16), None)
-    assert quantizer_file.stored("q.pkl", {8: fitted}, site, plain) is fitted
+    assert held(site, plain, fitted) is fitted
     state = quantizer_file.state_of(plain) | {"head": 2**16, "transform": "hadamard", "span": 2**16}
     with pytest.raises(qu.UserError, match="at most 1024"):
         quantizer_file.made_of(state)
