@@ -18,6 +18,7 @@ import quant_utils as qu
 from simquant import memory, models, report
 from simquant.flags import Flags
 from simquant.notices import Notice
+from simquant.plans import Pair, Plan, Width
 from simquant.sites import find_sites
 
 
@@ -55,6 +56,18 @@ def test_a_split_model_is_measured_and_calibrated_like_a_whole_one(split, model,
     for (one, ours), (other, theirs) in zip(*(each.items() for each in fits), strict=True):
         assert (one.name, one.channels) == (other.name, other.channels)
         assert same_bits(ours.codebook, theirs.codebook) and (ours.lo is None or same_bits(ours.lo, theirs.lo))
+
+
+def test_transform_coding_fits_a_split_model_like_a_whole_one(split, model, windows):
+    fits = []
+    for each in (split, model):
+        axes = {"keys": "channel", "values": "token"}
+        plan = Plan([Pair("klt", "klt")], [Width(1, 1)], axes, {"--predict": ("predict", "all")})
+        (fitted,) = qu.calibrate(each, windows[:2, :128], plan.settings(find_sites(each))).values()
+        fits.append((fitted, measured(each, windows[:2], {}, fitted)))
+    (ours, figures), (theirs, others) = fits
+    assert same_bits(figures, others) and (figures[:, 1, 1] > 0).all()
+    assert all(torch.equal(one.levels, other.levels) for one, other in zip(ours.values(), theirs.values(), strict=True))
 
 
 # -- which device

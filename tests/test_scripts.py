@@ -360,6 +360,42 @@ def test_calibration_by_several_processes_writes_what_one_writes(tmp_path, calib
             assert ours[field] is theirs[field] or torch.allclose(ours[field], theirs[field], atol=1e-6)
 
 
+def test_transform_coding_by_two_processes_and_resumed_gives_what_one_gives_in_one_go(tmp_path):
+    fit = (*FIT[: FIT.index("--nuq")], "--klt", "--predict", "--abits", "1.5,2/0.5", "--quantizer_path")
+    (alone,), (first, second) = (launch(count, *fit, tmp_path / f"{count}.pkl") for count in (1, 2))
+    assert (alone.returncode, first.returncode, second.returncode) == (0, 0, 0), first.stderr
+    few = "warning: 192 calibration tokens are few, a transform of 128 channels wants at least 512: raise --nsamples\n"
+    assert (
+        alone.stderr == few and second.stderr == "" and alone.stdout.splitlines()[:25] == first.stdout.splitlines()[:25]
+    )
+    one, two = (quantizer_file.load(str(tmp_path / f"{count}.pkl"))["quantizers"] for count in (1, 2))
+    assert {width for widths in one.values() for width in widths} == {1.5, "2/0.5"}
+    for name, width in ((name, width) for name, widths in one.items() for width in widths):
+        ours, theirs = (vars(each[name][width]) for each in (one, two))
+        assert all(torch.equal(ours[n], theirs[n]) for n in ours if isinstance(ours[n], torch.Tensor))
+    evaluate = (CALIBRATED_SCRIPT, NANO, *TEXT, "--quantizer_path", tmp_path / "1.pkl", "--baseline", "--output")
+    assert run_script(*evaluate, tmp_path / "whole.json").returncode == 0
+    assert launch(2, *evaluate, tmp_path / "two.json")[0].returncode == 0
+    assert_same_figures(tmp_path / "two.json", tmp_path / "whole.json")
+    stopping = driver(tmp_path, STOPPING)
+    assert run_script(stopping, *evaluate, tmp_path / "rest.json").returncode != 0
+    assert json.loads((tmp_path / "rest.json").read_text())["complete"] is False
+    assert run_script(*evaluate, tmp_path / "rest.json", "--resume").returncode == 0
+    assert [figures(tmp_path / "rest.json")] == [figures(tmp_path / "whole.json")]
+
+
+STOPPING = """
+from simquant import run
+whole = run.measure
+def measure(*args):
+    for number, _ in enumerate(whole(*args)):
+        yield
+        if number == 4:
+            raise OSError("the disk is gone")
+run.measure = measure
+"""
+
+
 def digits(folder):
     """Yield what a calibration prints and saves, and the JSON of an evaluation by each script without the seconds."""
     path, out = folder / "q.pkl", folder / "o.json"
