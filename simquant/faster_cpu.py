@@ -6,6 +6,7 @@ import functools
 import math
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -139,3 +140,8 @@ def level_finder(levels: tuple[float, ...], decoded: tuple[float, ...]) -> Level
             return table._replace(weight=weight[level[both.flatten()]])
         n *= 2
     return None
+
+
+def sorted_rows(x: Tensor) -> Tensor:
+    """See simquant/formats/allocation.py. NumPy sorts with vector instructions, some twenty times as fast."""
+    return torch.from_numpy(np.sort(x.numpy(), 1))

@@ -27,6 +27,7 @@ def install() -> None:
     ]
     qu.FASTER["inlier_bounds"] = [(gpu.is_counted, gpu.inlier_bounds), (cpu.is_on_cpu, cpu.inlier_bounds)]
     qu.FASTER["decode_nearest"] = [(gpu.is_compiled, gpu.decode_nearest)]
+    qu.FASTER["sorted_rows"] = [(cpu.is_on_cpu, cpu.sorted_rows)]
     qu.FASTER["snap"] = [(cpu.has_finder, cpu.snap)]
 
 

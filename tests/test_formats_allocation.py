@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.cluster import KMeans
 
-from simquant.formats.allocation import chosen_levels, error_of, kmeans_tables, water_fill
+from simquant import faster_cpu
+from simquant.formats.allocation import chosen_levels, error_of, kmeans_tables, sorted_rows, water_fill
 
 
 def best_error(values, count):
@@ -41,6 +42,11 @@ def test_the_error_is_that_of_the_nearest_levels_and_close_to_sklearns_best_of_t
         assert nearest * (1 - 1e-6) <= error[component, width] <= 1.02 * nearest  # levels move after the last count
         peer = KMeans(2**width, n_init=10, random_state=0).fit(columns[component][:, None].numpy()).inertia_ / 2000
         assert error[component, width] <= (1.02, 1.25)[component] * peer
+
+
+def test_numpy_sorts_as_torch_does():
+    x = torch.randn(5, 3000, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(faster_cpu.sorted_rows(x), sorted_rows(x)) and torch.equal(sorted_rows(x), x.sort(1).values)
 
 
 def test_chosen_levels_stand_one_component_after_another():

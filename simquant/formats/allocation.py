@@ -9,7 +9,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from quant_utils import replaceable
+
 LLOYD_STEPS = 20
+
+
+@replaceable
+def sorted_rows(x: Tensor) -> Tensor:
+    """Return x [C,N] with every row sorted."""
+    return x.sort(1).values
 
 
 def kmeans_tables(columns: Tensor, most: int) -> tuple[Tensor, Tensor]:

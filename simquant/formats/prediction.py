@@ -130,13 +130,13 @@ def product_dtype(x: Tensor) -> torch.dtype:
 
 
 def regression(x: Tensor, others: Sequence[Tensor]) -> Tensor:
-    """Return fp16 [C'+1,C]: the ridge regression of x [N,T,C] on others [N,T,C'], summed window by window in fp64."""
+    """Return fp16 [C'+1,C]: the ridge regression of x [N,T,C] on others [N,T,C'], by fp64 sums of windows' products."""
     size = 1 + sum(each.shape[-1] for each in others)
     gram, moment = (torch.zeros(size, n, dtype=torch.float64, device=x.device) for n in (size, x.shape[-1]))
     for target, *inputs in zip(x, *others, strict=True):
-        rows = torch.cat([*inputs, torch.ones_like(target[:, :1])], -1).double()
+        rows = torch.cat([*inputs, torch.ones_like(target[:, :1])], -1).float()
         gram += rows.T @ rows
-        moment += rows.T @ target.double()
+        moment += rows.T @ target.float()
     gram.diagonal().add_(RIDGE * gram.diagonal().mean())
     return torch.cholesky_solve(moment, torch.linalg.cholesky(gram)).clamp(-6e4, 6e4).half().contiguous()
 

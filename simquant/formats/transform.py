@@ -8,6 +8,7 @@ plain PCA instead this is KVTC (arXiv:2511.01815); simquant/formats/prediction.p
 from __future__ import annotations
 
 import functools
+import math
 from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
@@ -15,12 +16,13 @@ import torch
 from torch import Tensor
 
 from quant_utils import Setting, Site, UserError, is_vector
-from simquant.formats.allocation import chosen_levels, kmeans_tables, water_fill
+from simquant.formats.allocation import chosen_levels, kmeans_tables, sorted_rows, water_fill
 from simquant.formats.prediction import PredictedQuantizer, is_matrix, product
 
 RIDGE = 0.2  # how much of a flat metric is mixed into the Fisher information
 METRICS = {"fisher": "in the metric of Fisher information", "pca": "(PCA)"}
 MOST = 8  # bits of a component
+ABOVE = 5  # bits more than the average that a component may have: 30 dB
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,7 +34,7 @@ class TransformQuantizer(PredictedQuantizer):
     forward     fp16 [C,C]; the inverse is that of these rounded numbers, so that rounding them costs nothing
     widths      int16 [C] bits of each component, 0 to 8
     levels      fp32 [sum of 2**widths]: those of the first component, sorted, then those of the second, ...
-    distortion  fp32 [C,9] error of each component at 0 to 8 bits, in units of the loss; gone when bits are agreed upon
+    distortion  fp32 [C,W+1] error of each component at 0 to W bits, in units of the loss; gone when bits are agreed
     """
 
     metric: str = "fisher"
@@ -75,8 +77,9 @@ class TransformQuantizer(PredictedQuantizer):
         """See PredictedQuantizer. The first fit gives each site its own share of bits; agreed and a second follow."""
         root, unit = (None, 1.0) if grad is None else fisher_root(grad)
         mean, forward = klt(x, root)
-        columns = (forward.float().T @ (x.flatten(0, 1) - mean).T).sort(1).values  # [C,N]
-        every_level, errors = kmeans_tables(columns, MOST)
+        columns = sorted_rows(forward.float().T @ (x.flatten(0, 1) - mean).T)  # [C,N]
+        most = min(MOST, math.ceil(self.bits) + ABOVE) if self.widths is None else int(self.widths.max())
+        every_level, errors = kmeans_tables(columns, most)
         distortion = unit * errors if self.widths is None else None
         widths = self.widths if distortion is None else water_fill(distortion, self.bits).to(torch.int16)
         levels = chosen_levels(every_level, widths)
