@@ -4,6 +4,7 @@ and beside peers: a plain loop over model(ids), the published arithmetic in our 
 
     python3 tests/benchmarks/bench_gpu.py                                       what one GPU shows, but for:
     python3 tests/benchmarks/bench_gpu.py --formats [NAME ...]                  what each named format costs
+    python3 tests/benchmarks/bench_gpu.py --transform                           transform coding: its fit, its speed
     python3 tests/benchmarks/bench_gpu.py --job                                 a whole evaluation, in a new process
     accelerate launch --num_processes 4 tests/benchmarks/bench_gpu.py --scale   one GPU against all
 
@@ -321,6 +322,27 @@ def formats(model, names):
             table(name, *cells, f"{ours / plain:.3f}", f"{peak_gib(weights):.2f}")
 
 
+def transforms(model):
+    """Transform coding without and with prediction: a calibration of five rates at once, and the loop at 2 bits."""
+    windows, unquantized = random_windows(4), dynamic(model, 16)
+    for label, options, bound in (("klt", {}, 1.15), ("klt, predict", {"predict": "all"}, 1.25)):
+        options = {name: (name, value) for name, value in options.items()}
+        five = Plan([Pair("klt", "klt")], [Width(bits, bits) for bits in (3, 2, 1.5, 1, 0.5)], AXES, options)
+        asked = five.settings(sites.find_sites(model))
+        taken, fitted = seconds(lambda asked=asked: qu.calibrate(model, random_windows(16), asked))
+        show(f"{label}: calibration of five rates on 16 windows", taken, "s", 60)
+        row, setting = next((row, qu.on_device(setting)) for row, setting in fitted.items() if row.abits == 2)
+        with speed.compiled(model):
+            for each in (unquantized, (row, setting)):
+                loop(model, windows, each)
+            turns = [
+                [seconds(lambda s=s: loop(model, windows, s))[0] for s in (unquantized, (row, setting))]
+                for _ in range(REPEATS)
+            ]
+        plain, ours = (statistics.median(turn) for turn in zip(*turns, strict=True))
+        show(f"{label}: against ours unquantized", ours / plain, "x", bound)
+
+
 def scale(model):
     """The loop on the main process's GPU alone, then on those of all; both without compilation time."""
     count, main = processes.count(), processes.index() == 0
@@ -351,6 +373,8 @@ if __name__ == "__main__":
         scale(model)
     elif "--formats" in sys.argv:
         formats(model, sys.argv[sys.argv.index("--formats") + 1 :])
+    elif "--transform" in sys.argv:
+        transforms(model)
     elif "--job" in sys.argv:
         whole_job(model)
     else:
