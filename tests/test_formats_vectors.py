@@ -84,9 +84,9 @@ def test_higgs_is_an_exhaustive_search_on_a_rotated_token(channels, bits, seed):
     ours = quantizer.quantize(x).values.flatten(0, 1).double().numpy()
     theirs = decoded_one_by_one(x.flatten(0, 1).double().numpy(), quantizer.grid.double().numpy())
     far = abs(ours - theirs).max(1) > 1e-4 * abs(theirs).max()
-    # a pair half way between two points may go to either: then it costs the same
+    # a pair half way between two points may go to either, a norm half way between two numbers too: it costs the same
     cost = [((each - x.flatten(0, 1).double().numpy()) ** 2).sum(1) for each in (ours, theirs)]
-    assert np.allclose(cost[0][far], cost[1][far], rtol=1e-4) and far.mean() < 0.5
+    assert np.allclose(cost[0][far], cost[1][far], rtol=0.01) and far.mean() < 0.5
 
 
 @pytest.mark.parametrize("bits", [1, 2, 3, 4])
@@ -189,10 +189,11 @@ def test_codebooks_are_as_good_as_those_of_scikit_learn(kind):
     for group in range(2):
         part = slice(8 * group, 8 * group + 8)
         points, weight = x[..., part].flatten(0, 1), grad[..., part].double().square().sum(-1).flatten()
-        peer = KMeans(256, n_init=1, random_state=0).fit(points.numpy(), sample_weight=weight.numpy())
-        theirs = weighted_inertia(points, torch.from_numpy(peer.cluster_centers_), weight)
-        assert weighted_inertia(points, fitted.codebook[group], weight) < 1.04 * theirs
-        assert weighted_inertia(points, plain.codebook[group], weight) > 1.04 * theirs
+        for own, other, weights in ((fitted, plain, weight), (plain, fitted, torch.ones_like(weight))):
+            peer = KMeans(256, n_init=1, random_state=0).fit(points.numpy(), sample_weight=weights.numpy())
+            theirs = weighted_inertia(points, torch.from_numpy(peer.cluster_centers_), weights)
+            assert weighted_inertia(points, own.codebook[group], weights) < 1.03 * theirs
+            assert weighted_inertia(points, other.codebook[group], weights) > 1.04 * theirs
 
 
 @given(st.integers(1, 4), st.sampled_from([1, 2, 8]), st.integers(0, 99))
@@ -231,7 +232,7 @@ def test_a_codebook_of_few_or_constant_tokens_or_without_gradients():
     [
         (lambda: HiggsQuantizer(bits=5), "no grid of 5 bits"),
         (lambda: HiggsQuantizer(bits=2.5), "no grid of 2.5 bits"),
-        (lambda: HiggsQuantizer(bits=2, first_bits="4", predict="aqua"), "no grid of 4 bits"),
+        (lambda: HiggsQuantizer(bits=2, first_bits="4"), "no grid of 4 bits"),
         (lambda: HiggsQuantizer(bits=2).quantize(torch.zeros(1, 2, 15)), "pairs of channels, and there are 15"),
         (lambda: HiggsQuantizer(bits=2).cost(5, 7), "pairs of channels, and there are 7"),
         (lambda: CoupledQuantizer(coupled=0), "no index"),

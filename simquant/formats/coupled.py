@@ -22,7 +22,7 @@ class CoupledQuantizer(PredictedQuantizer):
     """Every group of neighbouring channels at the nearest of its own codebook's vectors, which k-means has fitted.
 
     A token weighs in a group's k-means as its Fisher information there: the sum of its channels' squared gradients
-    (section 3.2, "Fisher-guided centroid learning"). The nearest vector is so in plain Euclidean distance.
+    (the paper's "Fisher-guided centroid learning"). The nearest vector is so in plain Euclidean distance.
 
     bits      index bits / coupled
     coupled   channels of a group; the paper's 1 bit is 8 channels in an index of 8 bits

@@ -43,7 +43,7 @@ class HiggsQuantizer(PredictedQuantizer):
 
     def __post_init__(self):
         super().__post_init__()
-        for bits in (self.bits, self.width):
+        for bits in (self.bits, self.bits if self.first_bits is None else self.first_bits):
             if type(bits) is not int or not 1 <= bits <= 4:
                 raise UserError(f"HIGGS has no grid of {str(bits)[:40]} bits: 1 to 4")
         object.__setattr__(self, "grid", normal_grid(4**self.width).float())
