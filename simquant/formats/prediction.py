@@ -116,12 +116,14 @@ def is_matrix(value: Any) -> bool:
     """Return whether value is a plain fp16 matrix of finite numbers, at most MOST_CHANNELS * 4 by MOST_CHANNELS."""
     is_plain = type(value) is Tensor and value.layout is torch.strided and not value.requires_grad
     is_plain = is_plain and value.dtype == torch.float16 and value.ndim == 2
-    return is_plain and len(value) <= 4 * MOST_CHANNELS and value.shape[1] <= MOST_CHANNELS and value.isfinite().all()
+    is_plain = is_plain and len(value) <= 4 * MOST_CHANNELS and value.shape[1] <= MOST_CHANNELS
+    return is_plain and bool(value.isfinite().all())
 
 
 def product(one: Tensor, other: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return one [...,n] @ other [n,m] in fp32, from numbers rounded to dtype."""
-    return (one.to(dtype) @ other.to(dtype)).float()
+    """Return one [...,n] @ other [n,m] in fp32, from numbers rounded to dtype, or clipped to what it can hold."""
+    most = torch.finfo(dtype).max
+    return (one.clamp(-most, most).to(dtype) @ other.to(dtype)).float()
 
 
 def product_dtype(x: Tensor) -> torch.dtype:
