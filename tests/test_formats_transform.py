@@ -124,6 +124,16 @@ def test_a_singular_covariance_is_a_sound_fit(spoil):
             torch.testing.assert_close(values, x, atol=1e-3, rtol=1e-3)
 
 
+def test_products_in_fp16_are_close_and_clip_what_they_cannot_hold():
+    x, grad = correlated()
+    fitted = TransformQuantizer(2).fit(x, grad)
+    assert prediction.product(1e30 * torch.eye(8), torch.eye(8), torch.float16).isfinite().all()
+    close = fitted.coded_in(x, torch.float16) - fitted.coded(x)
+    assert close.square().mean() < 1e-2 * (fitted.coded(x) - x).square().mean()  # but for a few ties
+    both = [prediction.product(x.half(), fitted.forward, dtype) for dtype in (torch.float16, torch.float32)]
+    torch.testing.assert_close(*both, rtol=1e-2, atol=1e-2)
+
+
 def spoiled(**changes):
     """Return the state of a fitted quantizer with other tensors in some fields."""
     fitted = TransformQuantizer(2).fit(*correlated())

@@ -122,8 +122,9 @@ def is_matrix(value: Any) -> bool:
 
 def product(one: Tensor, other: Tensor, dtype: torch.dtype) -> Tensor:
     """Return one [...,n] @ other [n,m] in fp32, from numbers rounded to dtype, or clipped to what it can hold."""
-    most = torch.finfo(dtype).max
-    return (one.clamp(-most, most).to(dtype) @ other.to(dtype)).float()
+    if dtype == torch.float16:
+        one = one.clamp(-65504, 65504)
+    return (one.to(dtype) @ other.to(dtype)).float()
 
 
 def product_dtype(x: Tensor) -> torch.dtype:
