@@ -241,4 +241,4 @@ def test_a_script_installs_what_is_faster_before_it_does_anything():
         "import quant_utils as qu; from simquant import flags, run; run.begin(flags.Flags('m'), {}); print(*qu.FASTER)"
     )
     process = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert process.stdout.split() == ["order_statistics", "inlier_bounds", "decode_nearest", "snap"]
+    assert process.stdout.split() == ["order_statistics", "inlier_bounds", "decode_nearest", "sorted_rows", "snap"]
