@@ -9,7 +9,7 @@ from typing import Any
 
 from simquant import parsing
 from simquant.flags import Flags, QuantizationFlags, count, picture
-from simquant.methods import METHODS
+from simquant.methods import METHODS, Method
 from simquant.parsing import flag, flag_fields, fraction, plain_settings
 from simquant.plans import BASELINE, Plan
 
@@ -25,7 +25,7 @@ class CalibrationFlags:
     )  # fmt: skip
     export_kvquant: str | None = flag(None, "also write the quantizers as KVQuant does", decides=False, metavar="FILE")
     nuq: bool = flag(False, "short for --kv_format nuq: levels fitted by k-means (KVQuant)")
-    klt: bool = flag(False, "short for --kv_format klt: transform coding, whose --abits may be any number up to 8")
+    klt: bool = flag(False, "short for --kv_format klt: transform coding, whose --abits may be fractions")
     klt_metric: str = flag(
         "fisher", "with --klt, in what metric channels are decorrelated and errors weighed", ("fisher", "pca")
     )
@@ -63,11 +63,14 @@ class CalibratedFlags(CalibrationFlags, Flags):
             "--fisher weighs the fit of a NUQ codebook: add --nuq, or leave it out":
                 self.fisher and "nuq" not in self.methods(),
             "--predict and --klt_metric are for transform coding: add --klt":
-                (self.predict or self.klt_metric != "fisher") and not self.shares_bits(),
+                (self.predict or self.klt_metric != "fisher") and not (self.shares_bits() or self.reads_file()),
             "--plot_bits shows how transform coding shares bits: add --klt, and a width below 16":
                 self.plot_bits is not None and not (self.quantizes() and (self.shares_bits() or self.reads_file())),
-            "--attribution takes layers apart, and --predict codes what the layer below leaves: leave one of them out":
-                self.attribution and self.predict,
+            "--attribution takes layers apart, and here they are coded by what the one below does not predict: drop it":
+                self.attribution and self.predicts(),
+            f"--export_kvquant writes KVQuant's own file, which cannot hold {', '.join(self.methods())}":
+                self.export_kvquant is not None
+                and any(METHODS[name].quantizer != Method.quantizer for name in self.methods()),
             f"--clamp rounds the zero point of uniform levels, and {', '.join(self.methods())} has none":
                 self.clamp and "uniform" not in self.methods(),
             f"--calibrate writes one file: name one in --quantizer_path, not {self.quantizer_path}":
@@ -99,6 +102,10 @@ class CalibratedFlags(CalibrationFlags, Flags):
     def shares_bits(self) -> bool:
         """Return whether a method shares bits between components."""
         return any(METHODS[name].shares_bits for name in self.methods())
+
+    def predicts(self) -> bool:
+        """Return whether some method predicts a layer from the one below."""
+        return self.predict or any("predict" in METHODS[name].options for name in self.methods())
 
     def odd_widths(self) -> list[str]:
         """See Flags. In an evaluation the quantizer file says which method takes them."""

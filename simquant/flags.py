@@ -52,7 +52,7 @@ class QuantizationFlags:
     abits: tuple[Width, ...] = flag(
         (Width(4, 4),),
         "bits an entry: 2 to 8, 16 for no quantization, 4/2 for keys/values; a comma list measures all; "
-        "transform coding (--klt) takes any number up to 8",
+        "transform coding (--klt) takes fractions too, from 0.01 on",
         parsing.width_list, metavar="BITS",
     )  # fmt: skip
     kv_format: tuple[Pair, ...] = flag(
@@ -162,7 +162,7 @@ class Flags(OutputFlags, TextFlags, QuantizationFlags, ModelFlags):
                 self.plot is not None and not quantizes,
             "--plot_activations shows quantization: give a width below 16":
                 self.plot_activations is not None and not quantizes,
-            f"--abits {', '.join(odd)}: {', '.join(self.methods())} takes 2 to 8 bits, --klt{where} any number up to 8":
+            f"--abits {', '.join(odd)}: {', '.join(self.methods())} takes 2 to 8 bits, --klt{where} fractions too":
                 bool(odd),
             f"--kv_format {', '.join(fitted)} is fitted to data: use kvquant_llama3_simquant.py":
                 bool(fitted) and type(self) is Flags,

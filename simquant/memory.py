@@ -157,5 +157,5 @@ def warn_of_few_tokens(windows: Tensor, settings: Mapping[Any, qu.Setting]) -> N
     """Say so if a transform of C channels is to be fitted to fewer than 4 C tokens."""
     sharing = [site.channels for setting in settings.values() for site, each in setting.items() if each.shares_bits]
     if windows.numel() < 4 * max(sharing, default=0):
-        wanted = f"a transform of {max(sharing)} channels wants at least {4 * max(sharing)}: raise --nsamples"
-        notify(f"{windows.numel()} calibration tokens are few, {wanted}")
+        wanted = f"a transform of {max(sharing)} channels wants at least {4 * max(sharing)}; raise --nsamples"
+        notify(f"{windows.numel()} calibration tokens are few: {wanted}")

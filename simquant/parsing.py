@@ -55,10 +55,10 @@ def width_list(text: str) -> tuple[Width, ...]:
     widths = []
     for word in text.split(","):
         parts = word.strip().split("/")
-        is_number = all(re.fullmatch(r"[0-9]{1,2}(\.[0-9]{1,6})?", part) for part in parts)
+        is_number = all(re.fullmatch(r"[0-9]{1,2}(\.[0-9]{1,3})?", part) for part in parts)
         bits = [float(part) for part in parts] if is_number else [0.0]
-        if len(parts) > 2 or not all(0 < each <= 8 or each == UNQUANTIZED for each in bits):
-            has = "give 2 to 8, 16, or keys/values such as 4/2; with --klt any number up to 8, such as 1.5"
+        if len(parts) > 2 or not all(0.01 <= each <= 8 or each == UNQUANTIZED for each in bits):
+            has = "give 2 to 8, 16, or keys/values such as 4/2; with --klt 0.01 to 8, up to three decimals, such as 1.5"
             raise ArgumentTypeError(f"unknown width {word!r}: {has}")
         keys, *_, values = (int(each) if each.is_integer() else each for each in [*bits, *bits])
         widths.append(Width(keys, values))

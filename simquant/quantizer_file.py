@@ -218,7 +218,7 @@ def stored(data: Mapping, site: Site, plain: Any, width: Any, channels: Mapping[
         if (found.bits, found.sinks) != (plain.bits, plain.sinks):
             raise UserError("it has other bits or sinks than its name and its settings say")
         if tuple(map(tuple, found.sources)) != plain.sources:
-            raise UserError("it is predicted from other layers than these: quantize those that it was calibrated with")
+            raise UserError("it is predicted from other layers than are quantized here: leave --skip_layers as it was")
         blanks = [torch.zeros(1, found.sinks + 1, channels[source]) for source in plain.sources]
         found.quantize(torch.zeros(1, found.sinks + 1, site.channels), blanks)  # whether it fits so many channels
         if getattr(found, "axis", None) == "channel" and getattr(found, "lo", True) is None:

@@ -489,7 +489,7 @@ def test_a_quantizer_with_sources_loads_though_they_are_not_there(saved, found):
     plain = Dependent("token")
     made = quantizer_file.made_of(quantizer_file.state_of(plain))
     assert held(found[1], plain, made) is made
-    with pytest.raises(qu.UserError, match="predicted from other layers than these"):
+    with pytest.raises(qu.UserError, match="predicted from other layers than are"):
         held(found[1], plain, Dependent("token", sources=((0, "values"),)))
 
 

@@ -364,7 +364,7 @@ def test_transform_coding_by_two_processes_and_resumed_gives_what_one_gives_in_o
     fit = (*FIT[: FIT.index("--nuq")], "--klt", "--predict", "--abits", "1.5,2/0.5", "--quantizer_path")
     (alone,), (first, second) = (launch(count, *fit, tmp_path / f"{count}.pkl") for count in (1, 2))
     assert (alone.returncode, first.returncode, second.returncode) == (0, 0, 0), first.stderr
-    few = "warning: 192 calibration tokens are few, a transform of 128 channels wants at least 512: raise --nsamples\n"
+    few = "warning: 192 calibration tokens are few: a transform of 128 channels wants at least 512; raise --nsamples\n"
     assert (
         alone.stderr == few and second.stderr == "" and alone.stdout.splitlines()[:25] == first.stdout.splitlines()[:25]
     )
