@@ -109,6 +109,12 @@ class Quantizer:
         recent = behind % self.recent if self.window == "block" and self.recent else min(self.recent, behind)
         return behind - recent
 
+    @property
+    def exact_tokens(self) -> list[str]:
+        """Which tokens stay exact, in the words of __str__."""
+        sinks = [f"first {self.sinks} tokens exact" if self.sinks > 1 else "first token exact"] if self.sinks else []
+        return [*sinks, f"latest {self.recent} tokens exact"] if self.recent else sinks
+
     def to(self, device: torch.device) -> Quantizer:
         """Return the same with its tensors on device."""
         moved = copy.copy(self)  # not made anew: its constructor would wait for a GPU to check them
@@ -493,11 +499,7 @@ class ScalarQuantizer(Quantizer):
             parts.append(f"outliers exact (sparsity threshold {1 - self.outliers:g}){cap}")
         if self.q_norm:
             parts.append("Q-Norm")
-        if self.sinks:
-            parts.append(f"first {self.sinks} tokens exact" if self.sinks > 1 else "first token exact")
-        if self.recent:
-            parts.append(f"latest {self.recent} tokens exact")
-        return ", ".join(parts)
+        return ", ".join([*parts, *self.exact_tokens])
 
 
 def is_number(value: Any, least: float, most: float) -> bool:

@@ -97,7 +97,7 @@ def test_what_is_predicted_exactly_costs_nothing_and_the_rest_is_coded():
     error = [(q.quantize(x, o).values - x).square().mean().item() for q, o in (
         (quantizer.fit(x, None, [other]), [other]), (replace(quantizer, sources=()).fit(x, None), []))]  # fmt: skip
     assert error[0] < 1e-3 * error[1]
-    with pytest.raises(UserError, match="prediction is missing"):
+    with pytest.raises(UserError, match="its prediction, or what"):
         replace(quantizer, sources=()).fit(x, None).quantize(x, [other])
 
 

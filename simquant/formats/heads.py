@@ -88,10 +88,7 @@ class HeadQuantizer(Quantizer):
     @property
     def extras(self) -> list[str]:
         """What __str__ says of every format of heads: the transform, and the tokens that stay exact."""
-        words = [f"after a {self.transform} transform"] if self.transform else []
-        if self.sinks:
-            words.append(f"first {self.sinks} tokens exact" if self.sinks > 1 else "first token exact")
-        return [*words, f"latest {self.recent} tokens exact"] if self.recent else words
+        return [*([f"after a {self.transform} transform"] if self.transform else []), *self.exact_tokens]
 
     @property
     def entry_bits(self) -> float:

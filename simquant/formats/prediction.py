@@ -78,7 +78,7 @@ class PredictedQuantizer(Quantizer):
     def predicted(self, others: Sequence[Tensor], dtype: torch.dtype) -> Tensor | float:
         """Return [B,T,C] fp32 that others [B,T,C'] predict, multiplied in dtype; 0 if there are none."""
         if (len(others) > 0) != (self.weight is not None):
-            raise UserError("its prediction is missing, or what it predicts from")
+            raise UserError("its prediction, or what it would be predicted from, is missing")
         if self.weight is None:
             return 0.0
         return product(torch.cat([*others], -1), self.weight[:-1], dtype) + self.weight[-1]
@@ -106,10 +106,7 @@ class PredictedQuantizer(Quantizer):
     @property
     def extras(self) -> list[str]:
         """What __str__ says of every such format: the prediction, and the tokens that stay exact."""
-        words = ["predicted from the layer below"] if self.predict else []
-        if self.sinks:
-            words.append(f"first {self.sinks} tokens exact" if self.sinks > 1 else "first token exact")
-        return [*words, f"latest {self.recent} tokens exact"] if self.recent else words
+        return [*(["predicted from the layer below"] if self.predict else []), *self.exact_tokens]
 
 
 def is_matrix(value: Any) -> bool:
