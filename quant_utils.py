@@ -1,4 +1,4 @@
-"""Simulated KV-cache quantization: the quantizers, the hooks, the calibration and the perplexity loop.
+"""Simulated KV-cache quantization: the quantizers, the hooks and the perplexity loop.
 
 Read it from top to bottom; it follows one tensor:
 
@@ -18,10 +18,10 @@ import copy
 import functools
 import math
 from collections import deque
-from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -78,6 +78,11 @@ class Quantizer:
     @property
     def needs_gradient(self) -> bool:
         """Whether fit wants the gradient of the loss."""
+        return False
+
+    @property
+    def sees_later_tokens(self) -> bool:
+        """Whether what a query sees may depend on tokens behind it: then it cannot be decoded token by token."""
         return False
 
     def fit(self, x: Tensor, grad: Tensor | None, others: Sequence[Tensor] = ()) -> Quantizer:
@@ -169,7 +174,6 @@ class Site:
 
 
 Setting = Mapping[Site, Quantizer]  # what is quantized, and how; {} is the unquantized model
-Label = TypeVar("Label", bound=Hashable)  # what a setting is called by those who ask for it
 
 # -- 2. Levels inside [-1, 1]
 
@@ -414,6 +418,11 @@ class ScalarQuantizer(Quantizer):
         """Whether fit weighs by Fisher information."""
         return self.fisher is not None
 
+    @property
+    def sees_later_tokens(self) -> bool:
+        """Whether a channel's range and outliers are those of this window."""
+        return self.axis == "channel" and self.lo is None
+
     def keep_and_range(self, x: Tensor, sinks: int = 0) -> tuple[Tensor, Tensor, Tensor]:
         """Return (keep, lo, hi) for x [B,T,C]: which entries stay exact (bool), and the fp32 range of the others.
 
@@ -444,7 +453,7 @@ class ScalarQuantizer(Quantizer):
             raise ValueError(f"quantize takes [batch, tokens, channels], got a tensor of shape {tuple(x.shape)}")
         if x[:, self.sinks :].numel() == 0:
             return Quantized(x)
-        if self.recent and self.axis == "channel" and self.lo is None:
+        if self.recent and self.sees_later_tokens:
             raise UserError("a range of the whole window would see the tokens that the residual window keeps out of it")
         keep, lo, hi = self.keep_and_range(x, self.sinks)
         is_sink = torch.arange(x.shape[1], device=x.device)[:, None] < self.sinks  # [T,1]
@@ -715,126 +724,15 @@ def dtype_name(model) -> str:
     return str(model.dtype).removeprefix("torch.")
 
 
-# -- 5. Calibration: record what passes by, then fit
+# -- 5. Statistics of a predicted token
 
 
-PROGRESS: dict[str, Any] = {"disable": None}  # what tqdm is told of where bars show: on a terminal
-
-
-def progress(label: str, items: Iterable | None = None, total: int | None = None, initial: int = 0):
-    """Return a tqdm bar over items, or one to move by hand."""
-    return tqdm(items, desc=label, total=total, initial=initial, unit="window", leave=False, **PROGRESS)
-
-
-def record(model, places: Mapping[Site, bool], windows: Tensor, gradients: bool = False) -> dict[Site, Tensor]:
-    """Return {site: [N,T,C]}, what passes by over windows [N,T], in host memory and the model's dtype.
-
-    places tell of each site whether it is where attention reads, after RoPE. With gradients, it is the gradient there
-    of each window's total next-token loss (a total, not a mean, so that fp16 does not underflow). No parameter needs
-    one: the first site starts the graph. What never comes stays nan.
-    """
-    blank = torch.tensor(math.nan, dtype=model.dtype)
-    seen = {site: blank.repeat(*windows.shape, site.channels) for site in places}
-
-    def keep(site: Site, x: Tensor) -> None:
-        """Copy what passes, or its gradient, to host memory."""
-        seen[site][number].copy_(x[0])
-
-    def look(site: Site, x: Tensor) -> Tensor:
-        """Keep x [1,T,C] now, or its gradient when that comes."""
-        if not gradients:
-            keep(site, x)
-            return x
-        x = x if x.requires_grad else x.detach().requires_grad_()
-        x.register_hook(functools.partial(keep, site))
-        return x
-
-    watched = hung(Probe(site, at_cache, look) for site, at_cache in places.items())
-    with torch.inference_mode(not gradients), torch.set_grad_enabled(gradients), watched:
-        label = "Fisher information" if gradients else "activations"
-        for number, ids in enumerate(progress(label, windows)):  # noqa: B007, keep reads number
-            ids = ids[None].to(input_device(model))
-            if not gradients:
-                model.get_decoder()(input_ids=ids, use_cache=False)
-                continue
-            logits = model(input_ids=ids, use_cache=False).logits[0, :-1]
-            F.cross_entropy(logits.float(), ids[0, 1:].to(logits.device), reduction="sum").backward()
-    return seen
-
-
-def places_of(*settings: Setting) -> dict[Site, bool]:
-    """Return {site of any setting: whether its quantizer is where attention reads}."""
-    return {site: quantizer.after_rope for setting in settings for site, quantizer in setting.items()}
-
-
-def advice_on_overflow(model) -> str:
-    """Return in which dtype a model gave nan or inf, and what may help."""
-    advice = "the model is broken" if model.dtype == torch.float32 else "try --dtype bfloat16 or float32"
-    return f"in {dtype_name(model)}: {advice}"
-
-
-def calibrate(
-    model, windows: Tensor, settings: Mapping[Label, Setting], gradients: Mapping | None = None, on_fit: Any = None
-) -> dict[Label, Setting]:
-    """Return settings with every quantizer fitted to windows [N,T] of text, in model order.
-
-    Activations and gradients wait in host memory and are fitted one site at a time on its own device. gradients are
-    recorded here, unless they are given. on_fit(label, site, quantizer, x [N,T,C], given back) hears of each fit.
-    """
-    places = places_of(*settings.values())
-    needing = {
-        s: at for s, at in places.items() if any(each[s].needs_gradient for each in settings.values() if s in each)
-    }
-    activations = record(model, places, windows)
-    gradients = record(model, needing, windows, gradients=True) if needing and gradients is None else gradients or {}
-    fitted = fit_in_order(model, settings, activations, gradients, on_fit)
-    agreed = {label: agree(setting) for label, setting in fitted.items()}
-    again = {label: setting for label, setting in agreed.items() if setting is not fitted[label]}
-    fitted = {label: setting for label, setting in fitted.items() if label not in again}  # first fits may go
-    return fitted | fit_in_order(model, again, activations, gradients, on_fit)
-
-
-def agree(setting: Setting) -> Setting:
-    """Return a fitted setting with what its quantizers decide together; the very same if that is nothing."""
-    for cls in dict.fromkeys(type(quantizer) for quantizer in setting.values()):
-        setting = cls.agreed(setting)
-    return setting
-
-
-def fit_in_order(
-    model, settings: Mapping[Label, Setting], activations: Mapping, gradients: Mapping, on_fit: Any
-) -> dict[Label, Setting]:
-    """Return settings with every quantizer fitted, in model order, to {site: [N,T,C]}; see calibrate."""
-    taps = {label: make_taps(setting) for label, setting in settings.items()}
-    for site in places_of(*settings.values()):
-        x = activations[site].to(site.device)
-        grad = gradients[site].to(x.device) if site in gradients else None
-        if not x.isfinite().all():
-            raise UserError(f"{site.name} gives nan or inf, or never ran, {advice_on_overflow(model)}")
-        if grad is not None and grad.isnan().all():
-            raise UserError(f"no gradient comes to {site.name}, maybe for the kind of its weights: leave out --fisher")
-        if grad is not None and not grad.isfinite().all():
-            raise UserError(f"gradients at {site.name} overflow {advice_on_overflow(model)}")
-        for label in (label for label, setting in settings.items() if site in setting):
-            tap = taps[label][site.key]
-            others = tap.others(x.device)
-            tap.quantizer = tap.quantizer.to(x.device).fit(x, grad, others)
-            given = tap.quantizer.quantize(x, others)
-            tap.remember(given.values)
-            if on_fit is not None:
-                on_fit(label, site, tap.quantizer, x, given)
-    cpu = torch.device("cpu")
-    return {label: {tap.site: tap.quantizer.to(cpu) for tap in mine.values()} for label, mine in taps.items()}
-
-
-# -- 6. Statistics of a predicted token
-
-
-class Reference(NamedTuple):
-    """The unquantized model's predictions, which all others are compared with."""
+class Predicted(NamedTuple):
+    """What a setting predicts at some tokens. That of the unquantized model is the reference of all others."""
 
     log_probs: Tensor  # [B,t,V]
-    likeliest: Tensor  # [B,t]; found once, because a maximum costs far less than its place
+    greatest: Tensor  # [B,t] the likeliest token's
+    likeliest: Any = None  # [B,t] of the reference alone: its place costs far more than a maximum
 
 
 def log_prob_of(log_probs: Tensor, tokens: Tensor) -> Tensor:
@@ -842,23 +740,41 @@ def log_prob_of(log_probs: Tensor, tokens: Tensor) -> Tensor:
     return log_probs.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
 
 
-def loss(log_probs: Tensor, targets: Tensor, reference: Reference | None) -> Tensor:
+def loss(predicted: Predicted, targets: Tensor, reference: Predicted | None) -> Tensor:
     """Return [B,t] nats: the negative log-likelihood of targets [B,t]."""
-    return -log_prob_of(log_probs, targets)
+    return -log_prob_of(predicted.log_probs, targets)
 
 
-def divergence(log_probs: Tensor, targets: Tensor, reference: Reference) -> Tensor:
-    """Return [B,t] nats: KL(reference || log_probs), which rounding could otherwise take below zero."""
-    return (reference.log_probs.exp() * (reference.log_probs - log_probs)).sum(-1).clamp(min=0)
+def accuracy(predicted: Predicted, targets: Tensor, reference: Predicted | None) -> Tensor:
+    """Return [B,t] whether the token that comes is the likeliest."""
+    return (log_prob_of(predicted.log_probs, targets) == predicted.greatest).float()
 
 
-def agreement(log_probs: Tensor, targets: Tensor, reference: Reference) -> Tensor:
+def divergence(predicted: Predicted, targets: Tensor, reference: Predicted) -> Tensor:
+    """Return [B,t] nats: KL(reference || predicted), which rounding could otherwise take below zero."""
+    return (reference.log_probs.exp() * (reference.log_probs - predicted.log_probs)).sum(-1).clamp(min=0)
+
+
+def agreement(predicted: Predicted, targets: Tensor, reference: Predicted) -> Tensor:
     """Return [B,t] whether the reference's likeliest token is the likeliest here too."""
-    return (log_prob_of(log_probs, reference.likeliest) == log_probs.amax(-1)).float()
+    return (log_prob_of(predicted.log_probs, reference.likeliest) == predicted.greatest).float()
 
 
-STATISTICS: dict[str, Callable] = {"nll": loss, "kl": divergence, "top1_agreement": agreement}  # one more is one row
-FIGURES = (*STATISTICS, "key_bits", "value_bits", "saturation")  # of a window: means over its tokens, or its entries
+def squared_change(predicted: Predicted, targets: Tensor, reference: Predicted) -> Tensor:
+    """Return [B,t] the squared change of the probability of the token that comes."""
+    before, after = (log_prob_of(each.log_probs, targets).exp() for each in (reference, predicted))
+    return (after - before).square()
+
+
+STATISTICS: dict[str, Callable] = {  # one more is one row
+    "nll": loss,
+    "kl": divergence,
+    "top1_agreement": agreement,
+    "squared_change": squared_change,
+    "accuracy": accuracy,
+}
+OF_ITSELF = ("nll", "accuracy")  # those that need no reference
+FIGURES = (*STATISTICS, "kl_max", "key_bits", "value_bits", "saturation")  # of a window: means, where no max
 PARTS = ("keys", "values")  # of a cache
 HEAD_TOKENS = 256  # whose logits exist at a time: 125 MiB in fp32 for 128,256 words
 
@@ -891,25 +807,27 @@ def head(model, output, tokens: slice) -> Tensor:
     return logits.log_softmax(-1, dtype=torch.float32)
 
 
-def mean_statistics(model, ids: Tensor, outputs: Sequence, is_paired: bool) -> Tensor:
-    """Return [S,len(STATISTICS),B] means over the predicted tokens of ids [B,T], from the body's output in S settings.
+def token_statistics(model, ids: Tensor, outputs: Sequence, is_paired: bool) -> Tensor:
+    """Return [B,S,len(STATISTICS),T-1] fp32 of the predicted tokens of ids [B,T], from the body's output in S settings.
 
-    If is_paired the first is the reference; else there is the loss alone, and nan for the others. Logits exist for
-    HEAD_TOKENS tokens at a time, those of one setting and of the reference.
+    If is_paired the first is the reference; else what needs one is nan. Logits exist for HEAD_TOKENS tokens at a time,
+    those of one setting and of the reference.
     """
-    known = list(STATISTICS.values()) if is_paired else [loss]
-    totals = torch.zeros(len(outputs), len(known), len(ids), dtype=torch.float64, device=ids.device)
-    predicted, chunk = ids.shape[1] - 1, max(1, HEAD_TOKENS // len(ids))
+    predicted, chunk, parts = ids.shape[1] - 1, max(1, HEAD_TOKENS // len(ids)), []
     for start in range(0, predicted, chunk):
-        stop, reference = min(start + chunk, predicted), None
-        for total, output in zip(totals, outputs, strict=True):
+        stop, reference, rows = min(start + chunk, predicted), None, []
+        for output in outputs:
             log_probs = head(model, output, slice(start, stop))
+            mine = Predicted(log_probs, log_probs.amax(-1))
             if is_paired and reference is None:
-                reference = Reference(log_probs, log_probs.argmax(-1))
+                reference = mine._replace(likeliest=log_probs.argmax(-1))
             targets = ids[:, start + 1 : stop + 1].to(log_probs.device)
-            tokens = torch.stack([f(log_probs, targets, reference) for f in known])  # [F,B,t]
-            total += tokens.sum(-1, dtype=torch.float64).to(total.device)
-    return F.pad(totals / predicted, (0, 0, 0, len(STATISTICS) - len(known)), value=math.nan)
+            known = {name: f for name, f in STATISTICS.items() if is_paired or name in OF_ITSELF}
+            tokens = {name: f(mine, targets, reference) for name, f in known.items()}  # [B,t] each
+            unknown = torch.full_like(mine.greatest, math.nan)
+            rows.append(torch.stack([tokens.get(name, unknown) for name in STATISTICS], 1).to(ids.device))
+        parts.append(torch.stack(rows, 1))
+    return torch.cat(parts, -1)
 
 
 OUTLIER_BITS = 32  # on top of its place among the quantized: a 16-bit value and a 16-bit index
@@ -936,7 +854,15 @@ def storage(sites: Sequence[Site], setting: Setting, taps: Collection[Tap], ids:
     return torch.stack([*(bits[part] / (entries[part] or math.nan) for part in PARTS), saturation])
 
 
-# -- 7. The perplexity loop
+# -- 6. The perplexity loop
+
+
+PROGRESS: dict[str, Any] = {"disable": None}  # what tqdm is told of where bars show: on a terminal
+
+
+def progress(label: str, items: Iterable | None = None, total: int | None = None, initial: int = 0):
+    """Return a tqdm bar over items, or one to move by hand."""
+    return tqdm(items, desc=label, total=total, initial=initial, unit="window", leave=False, **PROGRESS)
 
 
 @replaceable
@@ -945,9 +871,16 @@ def run_body(model, ids: Tensor, setting: Setting) -> Any:
     return model.get_decoder()(input_ids=ids, use_cache=False)
 
 
+class Measured(NamedTuple):
+    """What is measured of B windows in S settings."""
+
+    figures: Tensor  # [B,S,len(FIGURES)] fp64, of whole windows
+    tokens: Tensor  # [B,S,len(STATISTICS),T-1] fp32, of the predicted tokens
+
+
 @torch.inference_mode()
-def start_batch(model, sites: Sequence[Site], ids: Tensor, settings: Sequence[Setting]) -> Callable[[], Tensor]:
-    """Begin to measure windows ids [B,T]; call what is returned to wait for their figures [B,S,len(FIGURES)], fp64.
+def start_batch(model, sites: Sequence[Site], ids: Tensor, settings: Sequence[Setting]) -> Callable[[], Measured]:
+    """Begin to measure windows ids [B,T] on their way to the host; call what is returned to wait for them.
 
     The unquantized model's logits are computed once for all settings. The host may start on the next batch meanwhile.
     """
@@ -959,32 +892,35 @@ def start_batch(model, sites: Sequence[Site], ids: Tensor, settings: Sequence[Se
             output = run_body(model, ids, setting)
             bits.append(storage(sites, setting, taps.values(), ids))
         outputs.append(type(output)(last_hidden_state=output.last_hidden_state))  # whatever else it holds may go
-    means = mean_statistics(model, ids, outputs, is_paired=len(settings) > 1 and not settings[0])
-    figures = torch.cat([means, torch.stack(bits)], dim=1).permute(2, 0, 1).to("cpu", non_blocking=True)
+    tokens = token_statistics(model, ids, outputs, is_paired=len(settings) > 1 and not settings[0])
+    most = tokens[:, :, [*STATISTICS].index("kl")].amax(-1, keepdim=True)
+    of_storage = torch.stack(bits).permute(2, 0, 1)
+    figures = torch.cat([tokens.mean(-1, dtype=torch.float64), most, of_storage], dim=-1)
+    measured = Measured(*(each.to("cpu", non_blocking=True) for each in (figures, tokens)))
     done = torch.cuda.Event() if ids.is_cuda else None
     if done is not None:
         done.record(torch.cuda.current_stream(ids.device))
 
-    def wait() -> Tensor:
-        """Return the figures when the GPU has copied them."""
+    def wait() -> Measured:
+        """Return what is measured when the GPU has copied it."""
         if done is not None:
             done.synchronize()
-        return figures
+        return measured
 
     return wait
 
 
 def evaluate(
     model, sites: Sequence[Site], windows: Tensor, settings: Sequence[Setting], batch_size: int = 1
-) -> Iterator[Tensor]:
-    """Yield the figures of windows [N,T] in every setting, batch by batch: [B,S,len(FIGURES)] fp64, on the CPU.
+) -> Iterator[Measured]:
+    """Yield what is measured of windows [N,T] in every setting, batch by batch, on the CPU.
 
     sites are all that the model caches, quantized or not. If the first setting is {} and there are others, all are
     compared with it. A GPU starts on the next batch before one is read, so that it never waits for the host.
     """
     settings = [on_device(setting) for setting in settings]
     ahead = 1 if input_device(model).type == "cuda" else 0
-    started: deque[Callable[[], Tensor]] = deque()
+    started: deque[Callable[[], Measured]] = deque()
     for ids in windows.split(batch_size):
         started.append(start_batch(model, sites, ids, settings))
         if len(started) > ahead:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 import quant_utils as qu
 from quant_utils import Quantized, Quantizer, Setting, Site, UserError
+from simquant import calibration
 from simquant.formats.prediction import product
 from simquant.formats.transform import MOST, TransformQuantizer
 from simquant.plots import COLOURS, DPI, heading, save_figure
@@ -44,7 +45,7 @@ def passages(model, window: Tensor, setting: Setting, layer: int) -> dict[Site, 
     for site, quantizer in reversed([*setting.items()]):  # sources come before what is predicted from them
         wanted |= set(quantizer.sources) if site.key in wanted else set()
     needed = {site: quantizer for site, quantizer in setting.items() if site.key in wanted}
-    came, passed = qu.record(model, qu.places_of(needed), window[None]), {}
+    came, passed = calibration.record(model, calibration.places_of(needed), window[None]), {}
     for tap in qu.make_taps(needed).values():
         x = came[tap.site].to(tap.site.device)
         quantizer, others = tap.quantizer.to(x.device), tap.others(x.device)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 import quant_utils as qu
 from quant_utils import UserError
+from simquant import calibration
 from simquant.notices import is_out_of_memory, notify
 from simquant.sites import projections
 
@@ -77,7 +78,7 @@ def reset_peak_memory() -> None:
         torch.cuda.reset_peak_memory_stats(device)
 
 
-def evaluate_what_fits(model, sites, windows: Tensor, settings, asked: int | str) -> Iterator[Tensor]:
+def evaluate_what_fits(model, sites, windows: Tensor, settings, asked: int | str) -> Iterator[qu.Measured]:
     """Yield quant_utils.evaluate of windows, with as many of them at a time as memory holds.
 
     asked is a batch size or "auto": then the first window shows how many fit. What runs out of memory is tried again in
@@ -88,12 +89,12 @@ def evaluate_what_fits(model, sites, windows: Tensor, settings, asked: int | str
     while done < len(windows):
         try:
             part = windows[done : done + 1] if is_probe else windows[done:]
-            for figures in qu.evaluate(model, sites, part, settings, size):
+            for measured in qu.evaluate(model, sites, part, settings, size):
                 if asked != "auto" and size != said:
                     notify(f"--batch_size {said} runs out of memory: going on with {size}")
                     said = size
-                done += len(figures)
-                yield figures
+                done += len(measured.figures)
+                yield measured
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -124,7 +125,7 @@ def check_figures(model, run, dataset: str, settings, first: int, figures: Tenso
     source = first_overflow(model, run.texts[dataset][number], settings[column])
     where = f"{source} overflows first " if source else ""
     place = f"{dataset}, {run.rows[column]}: window {number + 1} of {len(run.texts[dataset])}"
-    raise UserError(f"{place} has {figure}, {where}{qu.advice_on_overflow(model)}")
+    raise UserError(f"{place} has {figure}, {where}{calibration.advice_on_overflow(model)}")
 
 
 @torch.inference_mode()

@@ -38,12 +38,18 @@ def notices_only() -> None:
 
 
 class Lines:
-    """Where a tqdm bar is written to if stderr is no terminal: each of its states becomes a line."""
+    """Where a tqdm bar is written to if stderr is no terminal: each of its states becomes a line.
+
+    stderr is that of the moment when it is made: a library may be silenced later.
+    """
+
+    def __init__(self):
+        self.stream = sys.stderr
 
     def write(self, text: str) -> None:
         """Print what is not blank."""
         if line := text.strip():
-            print(line, file=sys.stderr, flush=True)
+            print(line, file=self.stream, flush=True)
 
     def flush(self) -> None:
         """Do nothing: print has."""
@@ -56,7 +62,7 @@ def progress_options(quiet: bool) -> dict[str, Any]:
     """Return tqdm's options: a bar on a terminal, else a line a minute; nothing if quiet or not the main process."""
     if quiet or processes.index() > 0 or sys.stderr.isatty():
         return {"disable": quiet or processes.index() > 0}
-    line = "{desc}: {n_fmt} of {total_fmt} windows, {remaining} left{postfix}"
+    line = "{desc}: {n_fmt} of {total_fmt} {unit}s, {remaining} left{postfix}"
     every = {"mininterval": LINE_EVERY, "delay": LINE_EVERY, "miniters": 1}
     return {"disable": False, "file": Lines(), "bar_format": line, **every}
 

@@ -88,7 +88,7 @@ def measured(model, windows, *settings, batch_size=1):
     import quant_utils as qu
     from simquant.sites import find_sites
 
-    return torch.cat(list(qu.evaluate(model, find_sites(model), windows, settings, batch_size)))
+    return torch.cat([batch.figures for batch in qu.evaluate(model, find_sites(model), windows, settings, batch_size)])
 
 
 def perplexity(model, windows, setting=None, batch_size=1):

@@ -13,7 +13,7 @@ from torch import nn
 
 import quant_utils as qu
 from quant_utils import ScalarQuantizer, Site, UserError
-from simquant import component_plots, describe, plots, quantizer_file, report
+from simquant import calibration, component_plots, describe, plots, quantizer_file, report
 from simquant.calibrated_flags import CalibratedFlags
 from simquant.formats.prediction import PredictedQuantizer, with_sources
 from simquant.formats.transform import TransformQuantizer
@@ -44,7 +44,7 @@ def coded(model, windows):
     """Return the bundled model's whole cache, transform coded at 1.5 bits with prediction, fitted to two windows."""
     plain = TransformQuantizer(bits=1.5, metric="pca", predict="all", sinks=1)
     setting = with_sources(dict.fromkeys(find_sites(model), plain))
-    return qu.calibrate(model, windows[:2], {"klt": setting})["klt"]
+    return calibration.calibrate(model, windows[:2], {"klt": setting})["klt"]
 
 
 def test_the_picture_of_bits_is_the_widths():

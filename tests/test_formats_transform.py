@@ -12,7 +12,7 @@ from test_sites import FAMILIES, tiny
 
 import quant_utils as qu
 from quant_utils import UserError
-from simquant import quantizer_file, sites
+from simquant import calibration, quantizer_file, sites
 from simquant.formats import prediction, transform
 from simquant.formats.transform import RIDGE, TransformQuantizer
 from simquant.plans import Pair, Plan, Width
@@ -166,7 +166,7 @@ def fitted(model, windows):
     rates = ((2, 2), (2, 1), (1, 1))
     settings = {("predicted" if p else "plain", row.abits): setting
                 for p in (None, "all") for row, setting in settings_of(model, *rates, predict=p).items()}  # fmt: skip
-    return qu.calibrate(model, windows[:4], settings)
+    return calibration.calibrate(model, windows[:4], settings)
 
 
 def average(setting, part):
@@ -178,7 +178,7 @@ def test_sites_share_bits_and_the_report_counts_them(model, windows, fitted):
     figures = measured(model, windows[:1], {}, *fitted.values())[0]
     for (_, abits), setting, row in zip(fitted, fitted.values(), figures[1:], strict=True):
         each = [average(setting, part) for part in qu.PARTS]
-        assert row[3:5].tolist() == pytest.approx(each, abs=1e-9)
+        assert row[6:8].tolist() == pytest.approx(each, abs=1e-9)
         if abits == "2/1":
             assert each == pytest.approx([2, 1], abs=0.01)
         else:
@@ -265,6 +265,6 @@ def test_families(name, predict):
     """k_norm, a fused projection, biases, a single head, sliding windows, GPT-2's."""
     model = tiny(*FAMILIES[name])
     ids = torch.randint(48, (4, 24), generator=torch.Generator().manual_seed(0))
-    fitted = qu.calibrate(model, ids, settings_of(model, (4, 4), (1, 1), predict=predict))
+    fitted = calibration.calibrate(model, ids, settings_of(model, (4, 4), (1, 1), predict=predict))
     losses = measured(model, ids, {}, *fitted.values())[..., 1].mean(0)
     assert 0 <= losses[1] < losses[2] < 10  # KL divergence

@@ -11,7 +11,7 @@ import torch
 from conftest import ROOT, measured, same_bits
 
 import quant_utils as qu
-from simquant import kvquant_file, quantizer_file
+from simquant import calibration, kvquant_file, quantizer_file
 from simquant.sites import find_sites
 
 GOLDEN = ROOT.parent / "shared" / "golden" / "kvquant_quantizers_nuq4_sparse.pickle"
@@ -37,7 +37,7 @@ def read(path, found, plain):
 @pytest.mark.parametrize("q_norm", [False, True])
 def test_an_export_is_read_by_plain_pickle_and_by_our_reader(model, found, windows, tmp_path, q_norm):
     plain, path = setting_of(found, q_norm=q_norm), tmp_path / "published.pickle"
-    fitted = qu.calibrate(model, windows[:2, :256], {4: plain})[4]
+    fitted = calibration.calibrate(model, windows[:2, :256], {4: plain})[4]
     kvquant_file.export(str(path), fitted)
     published = pickle.loads(path.read_bytes())
     assert list(published) == [site.name for site in found]
@@ -60,7 +60,7 @@ def test_an_export_is_read_by_plain_pickle_and_by_our_reader(model, found, windo
 def test_an_export_without_fitted_levels_has_ranges_only(model, found, windows, tmp_path):
     for levels in ("uniform", "nf"):
         plain, path = setting_of(found, levels), tmp_path / "ranges.pickle"
-        fitted = qu.calibrate(model, windows[:1, :64], {4: plain})[4]
+        fitted = calibration.calibrate(model, windows[:1, :64], {4: plain})[4]
         kvquant_file.export(str(path), fitted)
         assert {len(entry) for entry in pickle.loads(path.read_bytes()).values()} == {2}
         ours, flags = read(path, found, plain)

@@ -5,7 +5,7 @@ import torch
 from conftest import NANO
 
 import quant_utils as qu
-from simquant import memory
+from simquant import calibration, memory
 from simquant.calibrated_flags import CalibratedFlags
 from simquant.plans import Pair
 from simquant.sites import find_sites
@@ -15,14 +15,14 @@ def test_layers_that_recompute_their_activations_give_the_same_gradients(model, 
     sites, ids = find_sites(model), windows[:2, :64]
     with memory.checkpointing_if_short(model, 64) as short:
         assert not short
-        plain = qu.record(model, dict.fromkeys(sites, False), ids, gradients=True)
+        plain = calibration.record(model, dict.fromkeys(sites, False), ids, gradients=True)
     monkeypatch.setattr(memory, "free_memory", lambda device: 0)
     runs = []
     handle = model.model.layers[2].input_layernorm.register_forward_hook(lambda module, args, out: runs.append(out))
     try:
         with memory.checkpointing_if_short(model, 64) as short:
             assert short
-            recomputed = qu.record(model, dict.fromkeys(sites, False), ids, gradients=True)
+            recomputed = calibration.record(model, dict.fromkeys(sites, False), ids, gradients=True)
     finally:
         handle.remove()
     assert len(runs) == 4  # each window forwards, and again for its gradients

@@ -15,11 +15,12 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, StaticCache
 
 import quant_utils as qu
-from simquant import memory, models, report
+from simquant import calibration, memory, models, report
 from simquant.flags import Flags
 from simquant.notices import Notice
 from simquant.plans import Pair, Plan, Width
 from simquant.sites import find_sites
+from simquant.summary import storage_cost
 
 
 def setting_of(model, levels="uniform", **options):
@@ -51,7 +52,7 @@ def test_a_split_model_is_measured_and_calibrated_like_a_whole_one(split, model,
     for each in (split, model):
         figures.append(measured(each, windows[:3], {}, setting_of(each)))
         plain = setting_of(each, "nuq", fisher="paper")
-        fits.append(qu.calibrate(each, windows[:2, :128], {3: plain})[3])
+        fits.append(calibration.calibrate(each, windows[:2, :128], {3: plain})[3])
     assert same_bits(*figures) and (figures[0][:, 1, 1] > 0).all()
     for (one, ours), (other, theirs) in zip(*(each.items() for each in fits), strict=True):
         assert (one.name, one.channels) == (other.name, other.channels)
@@ -63,7 +64,7 @@ def test_transform_coding_fits_a_split_model_like_a_whole_one(split, model, wind
     for each in (split, model):
         axes = {"keys": "channel", "values": "token"}
         plan = Plan([Pair("klt", "klt")], [Width(1, 1)], axes, {"--predict": ("predict", "all")})
-        (fitted,) = qu.calibrate(each, windows[:2, :128], plan.settings(find_sites(each))).values()
+        (fitted,) = calibration.calibrate(each, windows[:2, :128], plan.settings(find_sites(each))).values()
         fits.append((fitted, measured(each, windows[:2], {}, fitted)))
     (ours, figures), (theirs, others) = fits
     assert same_bits(figures, others) and (figures[:, 1, 1] > 0).all()
@@ -128,7 +129,8 @@ def running_out(monkeypatch, fits):
 
 def losses(model, windows, asked):
     """[N] of the unquantized model, by evaluate_what_fits."""
-    return torch.cat(list(memory.evaluate_what_fits(model, find_sites(model), windows, [{}], asked)))[:, 0, 0]
+    batches = memory.evaluate_what_fits(model, find_sites(model), windows, [{}], asked)
+    return torch.cat([batch.figures for batch in batches])[:, 0, 0]
 
 
 @pytest.mark.parametrize(
@@ -314,9 +316,8 @@ def test_the_size_of_a_cache_is_what_a_static_one_allocates(kind, context):
     expected = {i: layer.keys.shape[2] for i, layer in enumerate(cache.layers)}
     assert sum(tokens < context for tokens in expected.values()) == (shorter if context > 8 else 0)
     assert [(site.layer, site.tokens) for site in found] == [each for each in expected.items() for _ in qu.PARTS]
-    run = report.Run({}, [], found, context)
     size = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers) / 2**30
-    costs = report.storage_cost({"key_bits": 2.0, "value_bits": 4.0}, run)
+    costs = storage_cost(2.0, 4.0, report.cache_entries(found))
     assert costs == {"avg_bits": 3.0, "cache_gib": size * 3 / 16, "fp16_cache_gib": size}
 
 
@@ -341,7 +342,7 @@ def test_average_bits_weigh_layers_by_what_a_long_cache_holds_of_them():
 
     with qu.hooked((site.module, partial(count, site=site)) for site in found):
         model.get_decoder()(input_ids=ids, use_cache=False)
-    figures = torch.cat(list(qu.evaluate(model, found, ids, [{}, setting])))[0, :, 3:5]
+    figures = torch.cat([batch.figures for batch in qu.evaluate(model, found, ids, [{}, setting])])[0, :, 6:8]
     assert figures[0].tolist() == [16, 16]
     expected = [bits[part] / counts[part] for part in qu.PARTS]
     assert figures[1].tolist() == pytest.approx(expected, rel=1e-9) and 8 < expected[0] < 13

@@ -227,7 +227,8 @@ def test_a_window_that_does_not_fit_beside_what_is_stored_is_measured_without(mo
 
     monkeypatch.setattr(qu, "start_batch", start_batch)
     with prefixes.stored(model, rows):
-        figures = torch.cat(list(memory.evaluate_what_fits(model, found, windows, rows, 2)))
+        batches = memory.evaluate_what_fits(model, found, windows, rows, 2)
+        figures = torch.cat([batch.figures for batch in batches])
     assert tried == [(2, True), (1, True), *5 * [(1, False)]] and same_bits(figures, plain)
     said = [str(each.message) for each in recwarn if each.category is Notice]
     assert [line.split(":")[0] for line in said] == [

@@ -18,8 +18,9 @@ from hypothesis.extra import numpy as hnp
 from torch import Tensor, nn
 
 import quant_utils as qu
-from simquant.report import paired_difference, standard_error
+from simquant import calibration
 from simquant.sites import find_sites
+from simquant.summary import paired_difference, standard_error
 
 AXES, BITS = pytest.mark.parametrize("axis", qu.AXES), pytest.mark.parametrize("bits", [2, 3, 4])
 Scalar = qu.ScalarQuantizer
@@ -308,7 +309,8 @@ def test_a_quantizer_looks_up_what_its_source_gave_back(model, windows):
     source = plain.fit(seen[first], None).quantize(seen[first]).values
     difference = seen[second] - source
     step = difference.abs().max() / 8
-    setting = qu.calibrate(model, ids.clone(), {"d": {first: plain, second: Difference(sources=(first.key,))}})["d"]
+    both = {first: plain, second: Difference(sources=(first.key,))}
+    setting = calibration.calibrate(model, ids.clone(), {"d": both})["d"]
     torch.testing.assert_close(setting[second].step, step[None], rtol=1e-4, atol=0)
     with qu.quantized(setting) as taps:
         given = outputs_of(model, (first, second), ids)
@@ -322,7 +324,7 @@ def test_a_quantizer_looks_up_what_its_source_gave_back(model, windows):
 def test_activations_and_gradients_are_those_of_autograd_by_hand(model, windows):
     ids, sites = windows[:2, :64], find_sites(model)
     places = dict.fromkeys(sites, False)
-    seen, grads = qu.record(model, places, ids), qu.record(model, places, ids, gradients=True)
+    seen, grads = calibration.record(model, places, ids), calibration.record(model, places, ids, gradients=True)
     for number, each in enumerate(ids):
         offsets = [torch.zeros(1, 64, 128, requires_grad=True) for _ in sites]
         hooks = [(s.module, lambda m, a, out, o=offset: out + o) for s, offset in zip(sites, offsets, strict=True)]
@@ -341,10 +343,10 @@ def test_calibration_refuses_what_is_not_finite(model, windows):
     site, fisher = find_sites(model)[0], Scalar("channel", levels="nuq", fisher="paper")
     spare = qu.Site(9, "keys", "spare.k_proj", nn.Linear(4, 4), 4)
     with pytest.raises(qu.UserError, match=r"spare.k_proj gives nan or inf, or never ran, in float32"):
-        qu.calibrate(model, windows[:1, :8], {"a": {spare: Scalar("channel")}})
+        calibration.calibrate(model, windows[:1, :8], {"a": {spare: Scalar("channel")}})
     for value, words in ((math.nan, "no gradient comes to model.layers.0"), (math.inf, "gradients at .* overflow")):
         with pytest.raises(qu.UserError, match=words):
-            qu.calibrate(model, windows[:1, :8], {"a": {site: fisher}}, {site: torch.full((1, 8, 128), value)})
+            calibration.calibrate(model, windows[:1, :8], {"a": {site: fisher}}, {site: torch.full((1, 8, 128), value)})
 
 
 @torch.inference_mode()
@@ -364,17 +366,21 @@ def test_figures_are_those_of_a_plain_loop_over_whole_logits(model, windows, mon
         figures = measured(model, ids, *every, batch_size=batch_size)
     assert figures.shape == (3, 3, len(qu.FIGURES)) and figures.dtype == torch.float64
     assert sum(seen) == 3 * 3 * (ids.shape[1] - 1) and max(seen) <= max(tokens, batch_size)
-    assert (figures[:, 0, 1] == 0).all() and (figures[:, 0, 2] == 1).all()
+    assert (figures[:, 0, [1, 3, 5]] == 0).all() and (figures[:, 0, 2] == 1).all()
     for row, each in zip(figures, ids, strict=True):
         base = whole_log_probs(model, each, {})
-        for (nll, kl, top, *_), setting in zip(row.tolist(), every, strict=True):
+        for (nll, kl, top, squared, right, most, *_), setting in zip(row.tolist(), every, strict=True):
             changed = whole_log_probs(model, each, setting)
-            assert nll == pytest.approx(-changed.gather(1, each[1:, None]).mean().item(), rel=1e-5)
-            expected = nn.functional.kl_div(changed, base, log_target=True, reduction="batchmean").item()
-            assert kl == pytest.approx(expected, rel=1e-3, abs=1e-7)
+            before, after = (log_probs.gather(1, each[1:, None])[:, 0] for log_probs in (base, changed))
+            assert nll == pytest.approx(-after.mean().item(), rel=1e-5)
+            expected = nn.functional.kl_div(changed, base, log_target=True, reduction="none").sum(-1)
+            assert kl == pytest.approx(expected.mean().item(), rel=1e-3, abs=1e-7)
+            assert most == pytest.approx(expected.max().item(), rel=1e-3, abs=1e-6)
             assert top == pytest.approx((base.argmax(-1) == changed.argmax(-1)).double().mean().item(), abs=1e-9)
+            assert squared == pytest.approx((after.exp() - before.exp()).square().mean().item(), rel=1e-3, abs=1e-9)
+            assert right == pytest.approx((changed.argmax(-1) == each[1:]).double().mean().item(), abs=1e-9)
     alone = measured(model, ids, every[1], batch_size=batch_size)[:, 0]
-    assert alone[:, 1:3].isnan().all() and torch.equal(alone[:, [0, 3, 4]], figures[:, 1, [0, 3, 4]])
+    assert alone[:, [1, 2, 3, 5]].isnan().all() and torch.equal(alone[:, [0, 4, 6, 7]], figures[:, 1, [0, 4, 6, 7]])
 
 
 TINY = {"vocab_size": 32, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16}
@@ -395,7 +401,7 @@ def test_what_a_model_does_around_its_decoder_is_done(family):
     expected = [-whole_log_probs(model, each, {}).gather(1, each[1:, None]).mean().item() for each in ids]
     assert figures[:, 0].tolist() == pytest.approx(expected, rel=1e-5)
     has = {site.part for site in find_sites(model)}  # what is fused otherwise than FAMILIES says has no bits
-    assert figures[0, 3:5].tolist() == pytest.approx(
+    assert figures[0, 6:8].tolist() == pytest.approx(
         [16 if part in has else math.nan for part in qu.PARTS], nan_ok=True
     )
 
@@ -442,9 +448,9 @@ def test_average_bits_are_a_count_over_what_the_projections_give(model, windows)
     with qu.hooked((s.module, lambda m, a, out, s=s: count(m, a, out, s)) for s in setting):
         figures = measured(model, windows[:1], setting)[0, 0]
     expected = [total / (6 * CONTEXT * 128) for total in totals.values()]
-    assert figures[3:5].tolist() == pytest.approx(expected, rel=1e-3)  # a tie may be rounded apart
+    assert figures[6:8].tolist() == pytest.approx(expected, rel=1e-3)  # a tie may be rounded apart
     keys = {site: Scalar("channel", 4) for site in setting if site.part == "keys"}
-    assert measured(model, windows[:1], keys)[0, 0, 3:5].tolist() == [4 + 32 / CONTEXT, 16]
+    assert measured(model, windows[:1], keys)[0, 0, 6:8].tolist() == [4 + 32 / CONTEXT, 16]
 
 
 def test_nuq4_with_one_percent_outliers_on_the_shape_of_llama_3_8b():
@@ -452,8 +458,8 @@ def test_nuq4_with_one_percent_outliers_on_the_shape_of_llama_3_8b():
     shape = {"hidden_size": 1024, "num_attention_heads": 8, "num_key_value_heads": 8, "num_hidden_layers": 1}
     model = hf.LlamaForCausalLM(hf.LlamaConfig(**TINY | shape | {"vocab_size": 4096})).eval()
     ids = torch.randperm(4096).view(4, 1024)  # no token twice, so no ties
-    fitted = qu.calibrate(model, ids, {"a": scalar_setting(model, 4, levels="nuq", outliers=0.01)})["a"]
-    keys, values = measured(model, ids, fitted)[:, 0, 3:5].mean(0).tolist()
+    fitted = calibration.calibrate(model, ids, {"a": scalar_setting(model, 4, levels="nuq", outliers=0.01)})["a"]
+    keys, values = measured(model, ids, fitted)[:, 0, 6:8].mean(0).tolist()
     assert keys == pytest.approx(4 + 32 * 42 / 4096) == 4.328125  # 0.005 * 4095 is 20.5: 21 at each end
     assert values == pytest.approx(4 + 32 * 12 / 1024 + 32 / 1024, abs=1e-3)
 

@@ -22,7 +22,7 @@ from hypothesis import HealthCheck, Phase, assume, given, settings
 from hypothesis import strategies as st
 
 import quant_utils as qu
-from simquant import kvquant_file, quantizer_file
+from simquant import calibration, kvquant_file, quantizer_file
 from simquant.calibrated_flags import CalibratedFlags, of_the_fit
 from simquant.formats.scaled import ScaledQuantizer
 from simquant.plans import Pair
@@ -55,7 +55,7 @@ def setting_of(found, keys=4, values=4):
 @pytest.fixture(scope="module")
 def fitted(model, windows, found):
     """{4: setting, 2: setting}, both fitted."""
-    return qu.calibrate(model, windows[:2, :256], {bits: setting_of(found, bits, bits) for bits in (4, 2)})
+    return calibration.calibrate(model, windows[:2, :256], {bits: setting_of(found, bits, bits) for bits in (4, 2)})
 
 
 @pytest.fixture(scope="module")

@@ -5,10 +5,14 @@ import itertools
 
 import pytest
 import torch
-from default_quantizers import CALIBRATED, CHANNELS, DATA_FREE, MATRIX, VARIANTS, activations, fitted, others_for
+from default_quantizers import CALIBRATED, CHANNELS, DATA_FREE, HEAD, MATRIX, VARIANTS, activations, fitted, others_for
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import quant_utils as qu
-from simquant import quantizer_file
+from simquant import calibration, quantizer_file
+from simquant.formats.affine import AffineQuantizer
 from simquant.formats.heads import HeadQuantizer
 from simquant.formats.higgs import HiggsQuantizer
 from simquant.formats.prediction import PredictedQuantizer
@@ -211,6 +215,44 @@ def small(model):
     return small
 
 
+class InFp32(qu.Quantizer):
+    """Quantizes in fp32 what a model computes in fp64: its rounding then moves no entry to another level."""
+
+    def __init__(self, inner):
+        self.inner = inner
+        for name in ("sinks", "recent", "window", "after_rope", "sources"):
+            setattr(self, name, getattr(inner, name))
+
+    def quantize(self, x, others=()):
+        return qu.Quantized(self.inner.quantize(x.float(), others).values.double())
+
+
+def test_tokens_that_are_cut_off_change_earlier_ones_where_a_quantizer_says_so():
+    """It holds of what queries see: a residual window hides groups of tokens that are not complete."""
+    sizes = {"hidden_size": CHANNELS, "intermediate_size": CHANNELS, "num_hidden_layers": 2, "vocab_size": 97}
+    heads = {"num_attention_heads": CHANNELS // HEAD, "num_key_value_heads": CHANNELS // HEAD}
+    wild = LlamaForCausalLM(LlamaConfig(**sizes, **heads, initializer_range=0.3)).double().eval()
+    sites, ids, wrong = find_sites(wild), torch.randint(97, (3, 170)), []
+    for case, quantizer in VARIANTS.items():
+        with torch.inference_mode(), qu.quantized(dict.fromkeys(sites, InFp32(quantizer))):
+            whole = wild(ids, use_cache=False).logits
+            cut = [wild(ids[:, :tokens], use_cache=False).logits for tokens in (7, 40, 133, 161)]
+        change = max((each - whole[:, : each.shape[1]]).abs().max().item() for each in cut)
+        wrong += [(str(case), change)] * (quantizer.sees_later_tokens != (change > 1e-9))
+    assert wrong == []
+    assert {True, False} == {each.sees_later_tokens for each in VARIANTS.values()}
+
+
+@given(st.integers(1, 9), st.integers(0, 20), st.sampled_from(sorted(qu.WINDOWS)))
+def test_a_group_of_tokens_is_hidden_where_no_query_sees_it_before_its_last_token(group, recent, rule):
+    tokens = torch.arange(100)
+    query, token = tokens[:, None], tokens
+    is_exact = qu.WINDOWS[rule](query, token, recent) if recent else torch.zeros(100, 100, dtype=torch.bool)
+    is_early = (token <= query) & ~is_exact & ((token // group + 1) * group - 1 > query)
+    quantizer = AffineQuantizer(HEAD, axis="channel", group=group, recent=recent, window=rule)
+    assert quantizer.sees_later_tokens == bool(is_early.any())
+
+
 def hook_count(model):
     """Return how many forward hooks, and lists of taps, hang on a model."""
     names = ("kv_taps", "cache_taps")
@@ -220,7 +262,7 @@ def hook_count(model):
 @every_row
 def test_attached_it_changes_what_the_model_attends_to_and_detached_nothing(plain, small, windows):
     ids, seen = windows[:2, :48], {}
-    setting = qu.calibrate(small, ids, {"row": dict.fromkeys(find_sites(small), plain)})["row"]
+    setting = calibration.calibrate(small, ids, {"row": dict.fromkeys(find_sites(small), plain)})["row"]
 
     def watch(module, args, out):
         seen[module] = torch.nn.functional.linear(args[0], module.weight), out

@@ -15,7 +15,7 @@ from conftest import ROOT, same_bits
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
 
 import quant_utils as qu
-from simquant import cache_check, sites, speed
+from simquant import cache_check, calibration, sites, speed
 from simquant.sites import Place
 
 TINY = {
@@ -228,10 +228,10 @@ def test_every_family_is_checked_calibrated_and_evaluated(family):
     def on_fit(label, site, fitted, x, given):
         errors.append(((given.values - x)[:, 1:].square().sum() / x[:, 1:].square().sum()).item())
 
-    fitted = qu.calibrate(family, windows, {3: setting}, on_fit=on_fit)[3]
+    fitted = calibration.calibrate(family, windows, {3: setting}, on_fit=on_fit)[3]
     assert len(errors) == len(found) and max(errors) < 0.2
-    figures = torch.cat(list(qu.evaluate(family, found, windows, [{}, fitted])))
-    loss, divergence, _, key_bits, value_bits, _ = figures.unbind(-1)
+    figures = torch.cat([batch.figures for batch in qu.evaluate(family, found, windows, [{}, fitted])])
+    loss, divergence, *_, key_bits, value_bits, _ = figures.unbind(-1)
     assert loss.isfinite().all() and (divergence[:, 1] > 0).all() and (loss[:, 0] != loss[:, 1]).all()
     assert (key_bits[:, 0] == 16).all() and (value_bits[:, 0] == 16).all()
     assert ((key_bits[:, 1] > 3) & (key_bits[:, 1] < value_bits[:, 1]) & (value_bits[:, 1] < 16)).all()
@@ -242,10 +242,10 @@ def test_sites_behind_norms_and_in_fused_projections_are_compiled(name):
     kind, changes = FAMILIES[name]
     model, ids = tiny(kind, changes | {"num_hidden_layers": 1}), torch.randint(3, 48, (1, 24))
     found, setting = sites.find_sites(model), setting_of(model, 2, 2, sinks=1)
-    plain, eager = torch.cat(list(qu.evaluate(model, found, ids, [{}, setting])))[0].tolist()
+    plain, eager = torch.cat([batch.figures for batch in qu.evaluate(model, found, ids, [{}, setting])])[0].tolist()
     with speed.compiled(model):
-        compiled = torch.cat(list(qu.evaluate(model, found, ids, [setting])))[0, 0].tolist()
-    assert compiled[0] == pytest.approx(eager[0], rel=1e-4) and compiled[3:5] == eager[3:5]
+        compiled = torch.cat([batch.figures for batch in qu.evaluate(model, found, ids, [setting])])[0, 0].tolist()
+    assert compiled[0] == pytest.approx(eager[0], rel=1e-4) and compiled[6:8] == eager[6:8]
     assert abs(compiled[0] - plain[0]) > 1e-2  # the hooks are in the compiled graph
 
 
@@ -287,7 +287,7 @@ def test_a_model_that_sees_images_is_measured_on_text(name):
     assert found and not any("vis" in site.name for site in found)
     cache_check.check_sites(model, found)
     cache_check.check_against_cache(model, found)
-    figures = torch.cat(list(qu.evaluate(model, found, windows, [{}, setting_of(model, 2, 2)])))
+    figures = torch.cat([batch.figures for batch in qu.evaluate(model, found, windows, [{}, setting_of(model, 2, 2)])])
     with torch.inference_mode():
         logits = model(input_ids=windows, use_cache=False).logits
     expected = F.cross_entropy(logits[:, :-1].mT, windows[:, 1:], reduction="none").mean(1).double()

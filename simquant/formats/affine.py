@@ -71,13 +71,25 @@ class GroupQuantizer(HeadQuantizer):
         is_cut = self.axis == "token" and self.wider == "head"
         return min(self.group, self.head) if is_cut and self.group else self.group or self.head
 
+    @property
+    def tokens(self) -> int:
+        """Consecutive tokens that a group reaches over."""
+        return self.size if self.axis == "channel" else max(1, self.size // self.head)
+
+    @property
+    def sees_later_tokens(self) -> bool:
+        """See Quantizer. A group of several tokens does, unless the window hides it from queries until it is full."""
+        ahead = self.tokens - 1  # of its first token
+        is_hidden = {"last": self.recent >= ahead, "before": self.recent + 1 >= ahead}
+        is_hidden["block"] = self.recent % self.tokens == 0 or ahead == 1  # a query sees its own token exact
+        return ahead > 0 and not (self.recent > 0 and is_hidden[self.window])
+
     def grouped(self, x: Tensor) -> Tensor:
         """Return x [B,H,T,D] with a group in its last dimension: [B,H,N,size], or [B,H,N,D,size] along channels."""
-        tokens = self.size if self.axis == "channel" else max(1, self.size // self.head)  # that a group reaches over
-        missing = -x.shape[2] % tokens
+        missing = -x.shape[2] % self.tokens
         x = torch.cat([x, x[:, :, -1:].expand(-1, -1, missing, -1)], 2) if missing else x
         if self.axis == "channel":
-            return x.unflatten(2, (-1, tokens)).transpose(-1, -2)
+            return x.unflatten(2, (-1, self.tokens)).transpose(-1, -2)
         return x.flatten(2).unflatten(-1, (-1, self.size))
 
     def coded_in(self, x: Tensor, dtype: torch.dtype) -> Tensor:

@@ -35,6 +35,11 @@ class HqqQuantizer(GroupQuantizer):
     scale: str = "model"
     optimized: bool = True
 
+    @property
+    def sees_later_tokens(self) -> bool:
+        """See Quantizer. How far z is moved depends on the error of all tokens."""
+        return self.optimized or super().sees_later_tokens
+
     def decoded(self, x: Tensor, keep: Keep) -> Tensor:
         """See GroupQuantizer."""
         lo, hi, top = x.amin(-1, keepdim=True), x.amax(-1, keepdim=True), 2**self.bits - 1

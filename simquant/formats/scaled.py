@@ -152,11 +152,12 @@ def power_scaled(x: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class Rule(NamedTuple):
-    """How a group gets its scale: bits of one, the function, what it is called."""
+    """How a group gets its scale: bits of one, the function, its name, whether all tokens count whatever the group."""
 
     bits: int
     scaled: Callable[[Tensor, float], tuple[Tensor, Tensor]]
     words: str
+    sees_all: bool = False
 
 
 SCALES = {
@@ -167,7 +168,7 @@ SCALES = {
     "fp16": Rule(16, fp16, "fp16 scale"),
     "signed fp16": Rule(16, signed_fp16, "signed fp16 scale"),
     "e4m3": Rule(8, one_level, "e4m3 scale"),
-    "nvfp4": Rule(8, two_levels, "e4m3 scale under an fp32 scale of the sequence"),
+    "nvfp4": Rule(8, two_levels, "e4m3 scale under an fp32 scale of the sequence", sees_all=True),
     "floor e8m0": Rule(8, floor_e8m0, "power of two as scale"),
     "ceil e8m0": Rule(8, ceil_e8m0, "power of two as scale that clips nothing"),
 }
@@ -208,9 +209,9 @@ class ScaledQuantizer(HeadQuantizer):
             raise UserError(f"a {self.scale} scale has no calibrated maximum of {str(self.amax)[:60]}")
 
     @property
-    def most(self) -> float:
-        """The greatest magnitude of an element."""
-        return ELEMENTS[self.element].most
+    def sees_later_tokens(self) -> bool:
+        """See Quantizer. A scale does that all tokens share, and that is not calibrated."""
+        return SCALES[self.scale].sees_all or (self.group is None and SCALES[self.scale].bits > 0)
 
     def fit(self, x: Tensor, grad: Tensor | None, others: Sequence[Tensor] = ()) -> ScaledQuantizer:
         """See Quantizer. A calibrated scale is that of the greatest magnitude of every head."""
@@ -223,10 +224,10 @@ class ScaledQuantizer(HeadQuantizer):
         if self.amax is not None:
             if len(self.amax) != x.shape[1]:
                 raise UserError(f"{len(self.amax)} heads were calibrated, and here are {x.shape[1]}")
-            scale = (self.amax / self.most)[:, None, None]
+            scale = (self.amax / ELEMENTS[self.element].most)[:, None, None]
             return divided(x, scale), scale
         groups = x.flatten(1) if self.group is None else x.unflatten(-1, (-1, self.group or self.head))
-        return SCALES[self.scale].scaled(groups, self.most)
+        return SCALES[self.scale].scaled(groups, ELEMENTS[self.element].most)
 
     def coded(self, x: Tensor) -> Tensor:
         """See HeadQuantizer."""
@@ -244,7 +245,7 @@ class ScaledQuantizer(HeadQuantizer):
     def clipped(self, x: Tensor) -> Tensor:
         """Return bool [B,H,T,D]: the entries of heads x that lie beyond the greatest element times their scale."""
         unit, _ = self.scaled(x)
-        return (unit.abs() > self.most * (1 + ROUNDING)).reshape(x.shape)
+        return (unit.abs() > ELEMENTS[self.element].most * (1 + ROUNDING)).reshape(x.shape)
 
     @property
     def entry_bits(self) -> float:
