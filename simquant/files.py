@@ -11,6 +11,7 @@ from typing import BinaryIO
 from quant_utils import UserError
 
 PICTURES = (b"\x89PNG", b"<?xml", b"<svg")  # how they begin
+PAGES = (b"<!DOCTYP", b"<!doctyp")
 
 
 @contextmanager
@@ -70,3 +71,12 @@ def check_replaceable(paths: Iterable[str | None], starts: tuple[bytes, ...]) ->
             start = file.read(8)
         if start and not start.startswith(starts):
             raise UserError(f"output {path!r} holds something else: give another name, or --overwrite to lose it")
+
+
+def failure_of(write: Callable[[], object]) -> OSError | None:
+    """Return why a file could not be written, if so: what else there is to write and to print comes first."""
+    try:
+        write()
+    except OSError as error:
+        return error
+    return None

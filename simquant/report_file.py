@@ -13,14 +13,26 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from quant_utils import FIGURES, UserError
+from quant_utils import UserError
 from simquant import processes
 from simquant.files import write_atomically
 from simquant.notices import notify
-from simquant.report import Run, all_results, results
+from simquant.report import Run, Windows, all_results, more_results, results
+from simquant.summary import RowWindows
+
+NUMBER, UNKNOWN = (int, float), (int, float, type(None))
+LABELS = {"format": str, "abits": (int, float, str), "quantized": str}  # of a row
+REPORT = {"script": str, "model": str, "settings": dict, "sha256": dict, "results": list}
+SINCE = {"environment": dict, "window_sha256": dict, "cache_entries": dict, "command": str, "title": str}  # may lack
+CELLS: dict[str, dict[str, Any]] = {  # what a row has of what is measured beside figures of texts
+    "retrieval": {
+        "kind": str, "length": int, "depth": int, "needles": int, "nll": NUMBER, "delta_nll": UNKNOWN,
+        "delta_nll_se": UNKNOWN, "exact_match": NUMBER, "exact_match_se": UNKNOWN,
+    },
+    "tasks": {"task": str, "metric": str, **dict.fromkeys(("value", "se", "delta", "delta_se"), UNKNOWN)},
+}  # fmt: skip
 
 
 def as_json(data: Mapping) -> str:
@@ -31,10 +43,10 @@ def as_json(data: Mapping) -> str:
 
 
 def as_csv(rows: Sequence[Mapping], complete: bool) -> str:
-    """Return the figures of rows, without those of single windows."""
+    """Return the figures of rows, without lists of them, such as those of single windows."""
     import pandas
 
-    frame = pandas.DataFrame([{n: value for n, value in row.items() if not n.startswith("window_")} for row in rows])
+    frame = pandas.DataFrame([{n: value for n, value in row.items() if not isinstance(value, list)} for row in rows])
     return frame.astype({"layer": "Int64"}).assign(complete=complete).to_csv(index=False)
 
 
@@ -51,14 +63,30 @@ def is_csv(path: str) -> bool:
     return path.lower().endswith(".csv")
 
 
+def holds(content: Mapping, kinds: Mapping[str, Any]) -> bool:
+    """Return whether content has entries of these kinds, {name: type or types}."""
+    return all(isinstance(content[name], kind) for name, kind in kinds.items())
+
+
+def is_report(content: Mapping) -> bool:
+    """Return whether content is built as a report, of this version or an older one. Figures of windows are not read."""
+    more = {name: content.get(name, []) for name in CELLS}
+    return (
+        holds(content, REPORT)
+        and holds(content, {name: kind for name, kind in SINCE.items() if name in content})
+        and all(holds(row, {**LABELS, "dataset": str, "seconds": NUMBER}) for row in content["results"])
+        and all(holds(row, {**LABELS, name: list}) for name, rows in more.items() for row in rows)
+        and all(holds(cell, CELLS[name]) for name, rows in more.items() for row in rows for cell in row[name])
+    )
+
+
 def read_report(path: str) -> dict[str, Any]:
     """Return the JSON that --output wrote. UserError for anything else."""
-    kinds = {"script": str, "model": str, "settings": dict, "sha256": dict, "results": list}
     try:
         content = json.loads(Path(path).read_bytes())
-        if all(type(content[name]) is kind for name, kind in kinds.items()):
+        if is_report(content):
             return content
-    except (ValueError, TypeError, KeyError, RecursionError, OSError):
+    except (ValueError, TypeError, LookupError, AttributeError, RecursionError, OSError):
         pass
     raise UserError(f"{path!r} is no report that --output wrote: give another name")
 
@@ -98,19 +126,24 @@ class ReportFile:
 
     def write(self, run: Run, complete: bool) -> str:
         """Write what run has, if it has anything, atomically, by one process. Return words on what there is."""
-        rows = all_results(run)
+        rows = all_results(run, with_intervals=complete)
         if self.path is None or not rows or processes.index() > 0:
             return ""
-        if not self.overwrite and mark_of(self.path) != self.seen:
-            taken, self.path = self.path, unused_name(self.path)
-            notify(f"{taken!r} was written by another since this run began: writing to {self.path!r} instead")
-        whole = {**self.record, "complete": complete, "results": rows}
-        text = as_csv(rows, complete) if is_csv(self.path) else as_json(whole)
-        write_atomically(self.path, lambda file: file.write(text.encode("utf-8", "backslashreplace")))
-        self.seen = mark_of(self.path)
+        self.save({**self.record, "complete": complete, "results": rows, **more_results(run)})
         count, total = sum(run.count.values()), sum(map(len, run.texts.values()))
         advice = "" if is_csv(self.path) else ", and --resume goes on from there"
         return f"{self.path} has {count} of {total} windows{advice}"
+
+    def save(self, report: Mapping[str, Any]) -> None:
+        """Write a report, or its table, atomically; under another name once somebody else has written to this one."""
+        if self.path is None:
+            return
+        if not self.overwrite and mark_of(self.path) != self.seen:
+            taken, self.path = self.path, unused_name(self.path)
+            notify(f"{taken!r} was written by another since this run began: writing to {self.path!r} instead")
+        text = as_csv(report["results"], report["complete"]) if is_csv(self.path) else as_json(report)
+        write_atomically(self.path, lambda file: file.write(text.encode("utf-8", "backslashreplace")))
+        self.seen = mark_of(self.path)
 
     def unfinished(self, texts: Mapping[str, Tensor], decisive: Mapping[str, Any]) -> dict[str, Any]:
         """Return the report of the interrupted run that is there, {} if none is.
@@ -155,6 +188,11 @@ def digests(texts: Mapping[str, Tensor], quantizer_files: Sequence[str] = ()) ->
     return {name: sha256(content).hexdigest() for name, content in read.items()}
 
 
+def window_digests(texts: Mapping[str, Tensor]) -> dict[str, list[str]]:
+    """Return {dataset: a digest of each window's token ids}, by which reports of different lengths are compared."""
+    return {name: [sha256(each.numpy().tobytes()).hexdigest()[:12] for each in ids] for name, ids in texts.items()}
+
+
 def take_over(run: Run, path: str, known: Mapping, environment: Mapping) -> None:
     """Put the figures of the report that path held into run. UserError if they are of other rows, or are no figures."""
     if known.get("environment") != environment:
@@ -167,25 +205,12 @@ def take_over(run: Run, path: str, known: Mapping, environment: Mapping) -> None
             ]:
                 raise ValueError(f"{dataset} has other rows")
             if rows and len(rows[0]["window_nll"]):
-                figures = torch.stack([window_figures(row) for row in rows], 1)  # [n,S,F]
-                run.add(dataset, figures, math.fsum(max(0.0, float(row["seconds"])) for row in rows))
-                as_json({"results": results(run, dataset)})  # no figure is inf or nan
+                windows = Windows.of_rows([RowWindows.from_row(row) for row in rows])
+                run.add(dataset, windows, math.fsum(max(0.0, float(row["seconds"])) for row in rows))
+                as_json({"results": results(run, dataset, with_intervals=False)})  # no figure is inf or nan
+        for name in run.later:
+            said = {(row["format"], row["abits"], row["quantized"]): row[name] for row in known.get(name, [])}
+            if all(each[:3] in said for each in run.rows):
+                run.more[name] = {each: said[each[:3]] for each in run.rows}
     except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError) as error:
         raise UserError(f"--resume: {path!r} holds figures that cannot be continued: {error}") from error
-
-
-# the greatest value of a figure; the least is 0
-MOST = {"nll": 690, "top1_agreement": 1, "key_bits": 64, "value_bits": 64, "saturation": 1}
-
-
-def window_figures(row: Mapping) -> Tensor:
-    """Return [n,len(FIGURES)] from the window_ lists of a row. ValueError for what cannot have been measured."""
-    columns = []
-    for name in FIGURES:
-        values = row.get(f"window_{name}", [None] * len(row["window_nll"]))  # what nobody counted is left out
-        most = MOST.get(name, 1e9)
-        bad = [value for value in values if not (type(value) in (int, float) and 0 <= value <= most)]
-        if bad and (name == "nll" or bad != [None] * len(values)):
-            raise ValueError(f"window_{name} of {row['dataset']} has {bad[0]!r}")
-        columns.append([math.nan if value is None else value for value in values])
-    return torch.tensor(columns, dtype=torch.float64).T

@@ -27,8 +27,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import quant_utils
-from quant_utils import FIGURES, Site, UserError
-from simquant import memory, report, report_file, run, tables
+from quant_utils import FIGURES, STATISTICS, Measured, Site, UserError
+from simquant import measuring, memory, report, report_file, tables
 from simquant.flags import Flags
 from simquant.parsing import decisive
 from simquant.plans import Row
@@ -39,6 +39,12 @@ KEYS = (  # of a row, in the product before this one; scripts of users read them
     "dataset format abits quantized ppl ppl_se nll windows tokens seconds delta_ppl delta_ppl_se delta_percent "
     "delta_percent_se kl top1_agreement avg_bits key_bits value_bits saturation cache_gib fp16_cache_gib window_nll "
     "window_kl window_top1_agreement window_key_bits window_value_bits"
+)
+SINCE = (  # what came to them with tails and units
+    "bits_per_byte bits_per_byte_se word_ppl word_ppl_se accuracy accuracy_se kl_se top1_agreement_se rms_dp rms_dp_se "
+    "kl_median kl_median_low kl_median_high kl_p99 kl_p99_low kl_p99_high kl_p999 kl_p999_low kl_p999_high kl_max "
+    "kl_max_low kl_max_high window_squared_change window_accuracy window_kl_max window_kl_sketch window_bytes "
+    "window_words"
 )
 
 
@@ -86,7 +92,8 @@ def on_terminal(columns, *command, **environment):
 SHOWN = {  # {figure: (heading, format)} of the table, in its order
     "avg_bits": ("bits", ".3f"), "ppl": ("ppl", ".4f"), "ppl_se": ("±", ".4f"), "delta_ppl": ("Δppl", "+.4f"),
     "delta_ppl_se": ("±", ".4f"), "delta_percent": ("Δppl%", "+.2f"), "kl": ("KL", ".6f"),
-    "top1_agreement": ("top-1", ".2%"), "cache_gib": ("GiB", ".3f"),
+    "kl_p99": ("KL99%", ".4f"), "rms_dp": ("RMSΔp", ".2%"), "top1_agreement": ("top-1", ".2%"),
+    "cache_gib": ("GiB", ".3f"),
 }  # fmt: skip
 
 
@@ -98,7 +105,7 @@ def test_the_same_figures_stand_in_the_table_and_in_the_json(sweep):
     assert headings == ["text", "abits", *(heading for heading, _ in SHOWN.values())]
     for line, row in zip(lines, rows, strict=True):
         shown = [format(row[name], form) for name, (_, form) in SHOWN.items()]
-        shown = [*shown[:3], *("-" * 5), shown[-1]] if row["abits"] == 16 else shown  # compared with itself
+        shown = [*shown[:3], *("-" * 7), shown[-1]] if row["abits"] == 16 else shown  # compared with itself
         assert line == ["sample.txt", str(row["abits"]), *shown]
     for row in rows:
         assert (row["windows"], row["tokens"], row["fp16_cache_gib"]) == (6, 6 * 127, 0.375)
@@ -112,8 +119,12 @@ def test_the_same_figures_stand_in_the_table_and_in_the_json(sweep):
 
 def test_every_key_of_the_product_before_is_there(sweep):
     whole = sweep[1]
-    assert {*whole} == {"script", "model", "settings", "sha256", "environment", "complete", "results"}
-    assert all({*row} == {*KEYS.split(), "format", "layer", "constants_gib"} for row in whole["results"])
+    assert {*whole} == {
+        "script", "command", "model", "settings", "sha256", "window_sha256", "title", "cache_entries", "environment",
+        "complete", "results",
+    }  # fmt: skip
+    expected = {*KEYS.split(), *SINCE.split(), "format", "layer", "constants_gib"}
+    assert all({*row} == expected for row in whole["results"])
     assert {*whole["environment"]} == {"versions", "device", "device_name", "dtype", "adapter"}
     assert {*whole["sha256"]} == {str(SAMPLE), "model weights"}
     resolved = {"dtype": "float32", "device": "cpu", "attn_implementation": "sdpa", "compile": "off"}
@@ -126,7 +137,7 @@ def test_baseline_is_16_in_the_list_and_csv_is_the_table(sweep, tmp_path):
     assert run_script(DYNAMIC_SCRIPT, NANO, *TEXT, *flags, "--output", out).returncode == 0
     for row, known_row in zip(csv.DictReader(io.StringIO(out.read_text())), known, strict=True):
         assert row.pop("complete") == "True" and float(row.pop("seconds")) > 0
-        flat = {name: value for name, value in known_row.items() if not name.startswith("window_")}
+        flat = {name: value for name, value in known_row.items() if not isinstance(value, list)}
         assert row == {name: "" if value is None else str(value) for name, value in flat.items()}
 
 
@@ -152,7 +163,7 @@ def test_a_narrow_terminal_folds_the_table_loses_no_figure_and_shows_a_bar(sweep
 
 INTERRUPTER = """
 import importlib, signal
-from simquant import run
+from simquant import measuring
 module, _, name = {place!r}.rpartition(".")
 whole, calls = getattr(importlib.import_module(module), name), []
 def interrupted(*args, **kwargs):
@@ -163,7 +174,7 @@ def interrupted(*args, **kwargs):
         os.kill(os.getpid(), getattr(signal, each))
     return whole(*args, **kwargs)
 setattr(importlib.import_module(module), name, interrupted)
-run.SAVE_EVERY = 0 if {signals!r} == "SIGKILL" else run.SAVE_EVERY
+measuring.SAVE_EVERY = 0 if {signals!r} == "SIGKILL" else measuring.SAVE_EVERY
 """
 BATCH = "quant_utils.start_batch"
 
@@ -214,11 +225,11 @@ class Clock:
 @pytest.mark.parametrize(("each", "writes"), [(0.01, 26), (0.5, 15), (10, 2)])
 def test_writing_what_is_measured_takes_little_of_the_time_however_long_the_file_is(monkeypatch, each, writes):
     clock, written = Clock(), []
-    monkeypatch.setattr(run.time, "monotonic", lambda: clock.seconds)
-    monkeypatch.setattr(run, "measure", lambda *args: (clock.takes(10) for _ in range(100)))
+    monkeypatch.setattr(measuring.time, "monotonic", lambda: clock.seconds)
+    monkeypatch.setattr(measuring, "measure", lambda *args: (clock.takes(10) for _ in range(100)))
     file = SimpleNamespace(write=lambda of, complete: written.append(complete) or clock.takes(each))
-    known = SimpleNamespace(texts=["a"])
-    assert run.measure_and_save(None, known, {}, SimpleNamespace(batch_size=1), file) is None
+    known = SimpleNamespace(texts=["a"], later={})
+    assert measuring.measure_and_save(None, known, {}, SimpleNamespace(batch_size=1), file) is None
     assert written == [False] * (writes - 1) + [True]
 
 
@@ -226,11 +237,13 @@ def test_the_running_perplexity_is_that_of_all_windows_so_far_also_after_a_resum
     rows, shown = [Row("unquantized", 16, "nothing"), Row("uniform", 3, "keys")], []
     whole = report.Run({"a": torch.zeros(9, 4)}, rows, [], 4)
     losses = torch.rand(9, 2, len(FIGURES), dtype=torch.float64)
-    whole.add("a", losses[:4], 1.0)
+    batches = [Measured(each, torch.rand(len(each), 2, len(STATISTICS), 3)) for each in losses.split((4, 2, 2, 1))]
+    whole.add("a", whole.kept(batches[0]), 1.0)
     bar = SimpleNamespace(n=0, update=lambda count: None, set_postfix_str=lambda text, refresh: shown.append(text))
     monkeypatch.setattr(quant_utils, "progress", lambda *args, **kwargs: contextlib.nullcontext(bar))
-    monkeypatch.setattr(memory, "evaluate_what_fits", lambda *args: losses[4:].split(2))
-    assert len(list(run.measure(None, whole, "a", [{}, {}], 2))) == 3 and torch.equal(whole.done("a"), losses)
+    monkeypatch.setattr(memory, "evaluate_what_fits", lambda *args: batches[1:])
+    assert len(list(measuring.measure(None, whole, "a", [{}, {}], 2))) == 3
+    assert torch.equal(whole.done("a").figures, losses)
     expected = [[math.exp(statistics.fmean(column)) for column in losses[:n, :, 0].T.tolist()] for n in (6, 8, 9)]
     assert shown == [f"ppl {one:.4f} {other:.4f}" for one, other in expected]
 
@@ -277,13 +290,13 @@ def test_what_others_wrote_is_not_replaced(sweep, tmp_path):
     process = run_script(DYNAMIC_SCRIPT, NANO, *SWEEP, "--output", out)
     assert_one_line_error(process, "out.json' holds an unfinished run: go on with it by --resume, or --overwrite")
     body = f"""
-from simquant import run
-whole = run.measure_and_save
+from simquant import measuring
+whole = measuring.measure_and_save
 def other_first(*args):
     with open({str(out)!r}, "w") as file:
         file.write("another's")
     return whole(*args)
-run.measure_and_save = other_first
+measuring.measure_and_save = other_first
 """
     process = run_script(driver(tmp_path, body), DYNAMIC_SCRIPT, NANO, *SWEEP, "--output", out, "--resume")
     assert process.returncode == 0 and f"writing to '{tmp_path}/out-2.json' instead" in process.stderr

@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from quant_utils import FIGURES, Site
-from simquant import describe, report, tables
+from quant_utils import FIGURES, STATISTICS, Measured, Site
+from simquant import describe, presentation, report, tables
 from simquant.plans import Row
 
 DATASETS = ("a.txt", "b.txt")
@@ -118,11 +118,13 @@ def test_results_say_their_format_and_the_star_is_explained(monkeypatch, capsys,
     rows = [Row("unquantized", 16, "nothing"), *(Row(name, 8 - i, "keys") for i, name in enumerate(formats))]
     sites = [Site(0, part, part, nn.Identity(), 8) for part in ("keys", "values")]
     run = report.Run({"a": torch.zeros(4, 9)}, rows, sites, 64)
-    run.add("a", torch.rand(4, 3, len(FIGURES), dtype=torch.float64), 1.0)
+    figures, tokens = torch.rand(4, 3, len(FIGURES), dtype=torch.float64), torch.rand(4, 3, len(STATISTICS), 8)
+    run.add("a", run.kept(Measured(figures, tokens)), 1.0)
     assert [each["format"] for each in report.results(run, "a")] == ["unquantized", *formats]
     for name in ("print_settings", "print_hybrid"):
         monkeypatch.setattr(describe, name, lambda *given: None)
-    flags = SimpleNamespace(columns=tables.USUAL, sort=None, quantizes=lambda: True)
-    describe.print_results(None, None, flags, {}, run)
+    flags = SimpleNamespace(columns=tables.USUAL, sort=None, by_position=False, quantizes=lambda: True)
+    presentation.print_rows(flags, report.all_results(run), {}, run.context)
+    describe.print_what_was_measured(None, None, flags, {}, run)
     printed = capsys.readouterr().out
     assert ("*: Pareto front" in printed) == ("*" in printed.split("\n\n")[0]) == starred
