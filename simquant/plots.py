@@ -13,7 +13,7 @@ from typing import Any
 
 import quant_utils as qu
 from quant_utils import Setting
-from simquant import report, tables
+from simquant import tables
 from simquant.files import write_atomically
 from simquant.labels import MANY, Label, place_labels, quiet_fonts
 
@@ -22,12 +22,26 @@ MARKERS = "os^Dv*"
 DPI, SPREAD = 150, 20
 
 
-def save_figure(path: str, figure) -> None:
-    """Write a matplotlib figure, atomically, as its ending says."""
-    content, form = io.BytesIO(), Path(path).suffix[1:].lower()
+def as_bytes(figure, form: str) -> bytes:
+    """Return the file that a matplotlib figure is in a form: png or svg."""
+    content = io.BytesIO()
     with quiet_fonts():
         figure.savefig(content, format=form, dpi=DPI, metadata={"Date": None} if form == "svg" else None)
-    write_atomically(path, lambda file: file.write(content.getbuffer()))
+    return content.getvalue()
+
+
+def save_figure(path: str, figure) -> None:
+    """Write a matplotlib figure, atomically, as its ending says."""
+    content = as_bytes(figure, Path(path).suffix[1:].lower())
+    write_atomically(path, lambda file: file.write(content))
+
+
+def svg_of(figure) -> str:
+    """Return a matplotlib figure as an SVG document whose letters are paths: it needs no font."""
+    from matplotlib import rc_context
+
+    with rc_context({"svg.fonttype": "path"}):
+        return as_bytes(figure, "svg").decode()
 
 
 def drawable(text: str) -> str:
@@ -203,10 +217,8 @@ def draw_attribution(rows: Sequence[Mapping], title: str = ""):
     return figure
 
 
-def draw(flags, run, settings: Mapping[Any, Setting]) -> None:
-    """Save the picture that --plot asks for, of a run's rows; settings are what they were measured in."""
-    if flags.plot is None:
-        return
-    rows, title = report.all_results(run), heading(flags, settings)
-    drawn = draw_formats if len(tables.formats_of(rows)) > 1 else draw_sweep
-    save_figure(flags.plot, (draw_attribution if flags.attribution else drawn)(rows, title))
+def draw_rows(rows: Sequence[Mapping], title: str = ""):
+    """Draw rows as what they are: an attribution, several formats, or the widths of one."""
+    if any(row["layer"] is not None for row in rows):
+        return draw_attribution(rows, title)
+    return (draw_formats if len(tables.formats_of(rows)) > 1 else draw_sweep)(rows, title)

@@ -190,24 +190,19 @@ def test_a_comparison_without_errors_bits_or_differences_is_drawn(tmp_path, unkn
 
 
 @pytest.mark.parametrize(
-    ("rows", "attribution", "drawn"),
+    ("rows", "drawn"),
     [
-        (rows_of(widths=(4, 3)), False, "draw_sweep"),
-        (rows_of(widths=(4, 3)), True, "draw_attribution"),
-        (rows_of_formats({"q4_0": (4.5, 0.2), "q8_0": (8.5, 0.01)}), False, "draw_formats"),
-        (rows_of_formats({"q4_0": (4.5, 0.2)}), False, "draw_sweep"),
+        (rows_of(widths=(4, 3)), "draw_sweep"),
+        ([row | {"layer": number} for number, row in enumerate(rows_of(widths=(4, 3)))], "draw_attribution"),
+        (rows_of_formats({"q4_0": (4.5, 0.2), "q8_0": (8.5, 0.01)}), "draw_formats"),
+        (rows_of_formats({"q4_0": (4.5, 0.2)}), "draw_sweep"),
     ],
 )
-def test_the_picture_is_that_of_what_is_compared(monkeypatch, rows, attribution, drawn):
-    saved = []
+def test_the_picture_is_that_of_what_is_compared(monkeypatch, rows, drawn):
     for name in ("draw_sweep", "draw_attribution", "draw_formats"):
         monkeypatch.setattr(plots, name, lambda *given, name=name: (name, *given))
-    monkeypatch.setattr(plots, "save_figure", lambda *given: saved.append(given))
-    monkeypatch.setattr(plots, "heading", lambda flags, sites: "a title")
-    monkeypatch.setattr(plots.report, "all_results", lambda run: rows)
-    flags = SimpleNamespace(plot="a.png", plot_activations=None, attribution=attribution)
-    plots.draw(flags, SimpleNamespace(sites=[]), {})
-    assert saved == [("a.png", (drawn, rows, "a title"))]
+    rows = [{"layer": None, **row} for row in rows]
+    assert plots.draw_rows(rows, "a title") == (drawn, rows, "a title")
 
 
 def test_a_title_of_several_formats_leaves_their_settings_to_their_names(model):
