@@ -15,8 +15,9 @@ import sys
 
 from simquant import processes, run, stored
 from simquant.calibrated_flags import CalibratedFlags, of_the_fit
+from simquant.command_line import parse
 from simquant.endings import exit_status
-from simquant.flags import Flags, parse
+from simquant.flags import Flags
 
 EXAMPLES = """examples:
   %(prog)s meta-llama/Llama-3-8B --calibrate --abits 3 --nuq --fisher --include_sparse --quantizer_path nuq3.pkl
@@ -31,8 +32,7 @@ QUANTIZER_FILES = (b"PK", b"\x80")  # how they begin: ours is a zip archive, KVQ
 
 def fit(flags: CalibratedFlags, model, windows) -> tuple[dict, dict]:
     """Return ({row: setting} fitted to windows [N,T], {(row, site): how well}). Processes share the gradients."""
-    import quant_utils as qu
-    from simquant import memory
+    from simquant import calibration, memory
     from simquant.fits import Fit
 
     (_, settings), gradients, fits = run.settings_of(model, flags, [(flags.plan(), None)]), None, {}
@@ -44,9 +44,9 @@ def fit(flags: CalibratedFlags, model, windows) -> tuple[dict, dict]:
     with memory.checkpointing_if_short(model, flags.seqlen):
         needing = any(each.needs_gradient for setting in settings.values() for each in setting.values())
         if needing and processes.count() > 1:
-            mine, places = windows[processes.index() :: processes.count()], qu.places_of(*settings.values())
-            gradients = processes.interleave(qu.record(model, places, mine, gradients=True))
-        return qu.calibrate(model, windows, settings, gradients, on_fit), fits
+            mine, places = windows[processes.index() :: processes.count()], calibration.places_of(*settings.values())
+            gradients = processes.interleave(calibration.record(model, places, mine, gradients=True))
+        return calibration.calibrate(model, windows, settings, gradients, on_fit), fits
 
 
 def calibrate(flags: CalibratedFlags, given: dict) -> None:
@@ -110,9 +110,11 @@ def evaluation_command(flags: CalibratedFlags) -> str:
 
 
 def main() -> None:
-    """Calibrate or evaluate."""
+    """Calibrate, evaluate, or set saved reports side by side."""
     flags, given = parse(CalibratedFlags, __doc__, EXAMPLES)
-    if flags.calibrate:
+    if flags.compare:
+        run.compare(flags)
+    elif flags.calibrate:
         calibrate(flags, given)
     else:
         flags, sources = stored.sources_of(flags, given)

@@ -13,8 +13,9 @@ signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while libraries load ends
 import sys
 
 from simquant import run
+from simquant.command_line import parse
 from simquant.endings import exit_status
-from simquant.flags import Flags, parse
+from simquant.flags import Flags
 
 EXAMPLES = """examples:
   %(prog)s meta-llama/Llama-3-8B --abits 4 --datasets wikitext2 --seqlen 2048
@@ -26,8 +27,12 @@ EXAMPLES = """examples:
 
 
 def main() -> None:
-    """Evaluate what the flags ask for."""
-    run.evaluate(*parse(Flags, __doc__, EXAMPLES))
+    """Evaluate what the flags ask for, or set saved reports side by side."""
+    flags, given = parse(Flags, __doc__, EXAMPLES)
+    if flags.compare:
+        run.compare(flags)
+    else:
+        run.evaluate(flags, given)
 
 
 if __name__ == "__main__":

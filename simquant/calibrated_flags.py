@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from simquant import parsing
-from simquant.flags import Flags, QuantizationFlags, count, picture
+from simquant.flags import Flags, QuantizationFlags
 from simquant.methods import METHODS, Method
-from simquant.parsing import flag, flag_fields, fraction, plain_settings
+from simquant.parsing import count, flag, flag_fields, fraction, picture, plain_settings
 from simquant.plans import BASELINE, Plan
 
 

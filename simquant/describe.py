@@ -7,21 +7,15 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from quant_utils import PARTS, Setting, Site
-from simquant import memory, models, prefixes, report, tables, texts
+from simquant import memory, models, prefixes, report, texts
 from simquant.sites import PlacedSite, layers_without_attention
 
 WORTH_SAYING = 1e-3  # of the cache in 16 bits: from there on the bytes of constants are printed
 
 
-def print_results(model, config, flags, settings: Mapping[Any, Setting], run: report.Run) -> None:
-    """Print the table of a run, what its columns are, and what was measured how."""
-    rows = report.all_results(run)
-    order = flags.sort or ("bits" if len(tables.formats_of(rows)) > 1 else "given")
-    print(tables.table(tables.sorted_rows(rows, order), flags.columns))
-    against = "Δ: from the unquantized model, on the same tokens; KL in nats; " if run.is_paired else ""
-    print(f"\n±: standard error; {against}GiB: of a cache of {run.context} tokens")
-    if len(tables.formats_of(rows)) > 1 and tables.front(rows):
-        print("*: Pareto front: no other row of the text has at most these bits and this Δppl, and less of one")
+def print_what_was_measured(model, config, flags, settings: Mapping[Any, Setting], run: report.Run) -> None:
+    """Print below the table of a run's rows what was measured how."""
+    print()
     print_constants(dict(zip(run.rows, run.constants, strict=True)), run.sites)
     print_settings(model, config, flags, settings)
     print_hybrid(model, run.sites)

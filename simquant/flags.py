@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-from argparse import ArgumentTypeError
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar
 
-from simquant import parsing, processes
+from simquant import evidence_flags, parsing, processes
+from simquant.evidence_flags import EvidenceFlags
 from simquant.methods import METHODS
-from simquant.parsing import flag, flag_fields, fraction
+from simquant.parsing import count, flag, fraction, on_output, on_text, picture
 from simquant.plans import BASELINE, PROJECTIONS, Pair, Plan, Width
 from simquant.tables import USUAL
 
-on_output = partial(flag, decides=False, with_calibrate="refused")
-on_text = partial(flag, with_calibrate="unused")
 listed = partial(flag, nargs="*", action=parsing.Projections, metavar="NAME")
-count = partial(partial, parsing.number)
 device = partial(parsing.matching, pattern=r"auto|cpu|cuda(:[0-9]{1,2})?", words="auto, cpu, cuda or cuda:N")
 report_file = partial(parsing.matching, pattern=r"(?i).*\.(json|csv)", words="a file that ends in .json or .csv")
-picture = partial(parsing.matching, pattern=r"(?i).*\.(png|svg)", words="a file that ends in .png or .svg")
 DTYPES = ("auto", "float16", "bfloat16", "float32")
 ATTENTIONS = ("auto", "sdpa", "eager", "flash_attention_2")
 
@@ -134,10 +130,10 @@ class OutputFlags:
 
 
 @dataclass(frozen=True)
-class Flags(OutputFlags, TextFlags, QuantizationFlags, ModelFlags):
+class Flags(OutputFlags, EvidenceFlags, TextFlags, QuantizationFlags, ModelFlags):
     """The flags of the data-free script."""
 
-    groups: ClassVar[tuple[type, ...]] = (ModelFlags, QuantizationFlags, TextFlags, OutputFlags)
+    groups: ClassVar[tuple[type, ...]] = (ModelFlags, QuantizationFlags, TextFlags, EvidenceFlags, OutputFlags)
 
     def refusals(self, given: Mapping[str, Any]) -> dict[str, bool]:
         """Return {what is said of flags that do not go together: whether they do not}; given is the command line."""
@@ -170,7 +166,7 @@ class Flags(OutputFlags, TextFlags, QuantizationFlags, ModelFlags):
                 self.attn_implementation == "flash_attention_2" and self.has_window(),
             f"--device {self.device} is one GPU, and there are {processes.count()} processes: give cuda":
                 ":" in self.device and processes.count() > 1,
-        }  # fmt: skip
+        } | evidence_flags.refusals(self, given)  # fmt: skip
 
     def odd_widths(self) -> list[str]:
         """Return the widths that are fractions or below 2, where a method of whole bits would have to take them."""
@@ -219,42 +215,5 @@ class Flags(OutputFlags, TextFlags, QuantizationFlags, ModelFlags):
         is_vain = "sparsity_threshold" in given and not self.include_sparse
         found = ["--sparsity_threshold has no effect without --include_sparse"] * is_vain
         is_vain = any(width != BASELINE for width in given.get("abits", ())) and all(p.is_fixed for p in self.kv_format)
+        found += evidence_flags.vain(self)
         return found + [f"--abits has no effect on {', '.join(self.methods())}, whose bits are fixed"] * is_vain
-
-
-SHORT = ("nf", "nuq", "klt")  # forms of --kv_format
-AnyFlags = TypeVar("AnyFlags", bound=Flags)
-
-
-def parse(cls: type[AnyFlags], description: str | None, epilog: str) -> tuple[AnyFlags, dict[str, Any]]:
-    """Return (all flags, those that the command line gives). Exits with one line for a mistake."""
-    parser = parsing.make_parser(cls, description, epilog)
-    try:
-        given = with_method(cls, vars(parser.parse_args()))
-        flags = checked(cls(**given), given)
-    except ArgumentTypeError as error:
-        parser.error(str(error))
-    return flags, given
-
-
-def checked(flags: AnyFlags, given: Mapping[str, Any]) -> AnyFlags:
-    """Return flags, or raise ArgumentTypeError if some do not go together."""
-    for message in (message for message, is_so in flags.refusals(given).items() if is_so):
-        raise ArgumentTypeError(message)
-    return flags
-
-
-def with_method(cls: type[Flags], given: Mapping[str, Any]) -> dict[str, Any]:
-    """Return given with --kv_format and its short forms saying the same."""
-    short = [name for name in SHORT if given.get(name)]
-    named = [Pair(name, name) for name in short] + list(given.get("kv_format", ()))
-    if short and len(set(named)) > 1:
-        words = " and ".join(dict.fromkeys(pair.label for pair in named))
-        flags = " or ".join(f"--{name}" for name in short)
-        raise ArgumentTypeError(f"{words} are several methods: name them all in --kv_format, without {flags}")
-    if not named:
-        return dict(given)
-    is_short: dict[str, Any] = {
-        name: [Pair(name, name)] == list(set(named)) for name in SHORT if name in flag_fields(cls)
-    }
-    return {**given, **is_short, "kv_format": tuple(dict.fromkeys(named))}

@@ -9,6 +9,7 @@ import os
 import re
 from argparse import ArgumentTypeError
 from dataclasses import Field, field, fields
+from functools import partial
 from typing import Any
 
 from simquant import processes
@@ -36,6 +37,10 @@ def flag(
     return field(
         default=default, metadata={"help": help, "decides": decides, "with_calibrate": with_calibrate, "how": how}
     )
+
+
+on_output = partial(flag, decides=False, with_calibrate="refused")
+on_text = partial(flag, with_calibrate="unused")
 
 
 def flag_fields(cls: type) -> dict[str, Field]:
@@ -168,6 +173,10 @@ def column_list(text: str) -> tuple[str, ...]:
     return names
 
 
+count = partial(partial, number)  # count(least=1) parses a whole number from 1 on
+picture = partial(matching, pattern=r"(?i).*\.(png|svg)", words="a file that ends in .png or .svg")
+
+
 class Projections(argparse.Action):
     """k_proj and v_proj as plain words, between spaces or commas, or as one JSON list; or nothing."""
 
@@ -197,7 +206,7 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, line if processes.index() == 0 else None)
 
 
-def make_parser(cls: Any, description: str | None, epilog: str) -> Parser:
+def make_parser(cls: Any, description: str | None, epilog: str, needs_model: bool = True) -> Parser:
     """Return the parser of a class of flags. What a command line leaves out is not in its namespace."""
     how: dict[str, Any] = {
         "formatter_class": argparse.RawDescriptionHelpFormatter,
@@ -206,7 +215,10 @@ def make_parser(cls: Any, description: str | None, epilog: str) -> Parser:
     parser = Parser(description=description, epilog=epilog, allow_abbrev=False, **how)
     parser._negative_number_matcher = re.compile(r"-\d[\d, -]*$")  # so that -1,0 is a value and no flag
     parser.add_argument("--version", action="version", version=f"%(prog)s {VERSION}")
-    parser.add_argument("model", help="hub id or local folder")
+    names: dict[str, Any] = (
+        {"help": "hub id or local folder"} if needs_model else {"nargs": "*", "help": argparse.SUPPRESS}
+    )
+    parser.add_argument("model", **names)
     for group in cls.groups:
         add = parser.add_argument_group(group.__doc__).add_argument
         for name, each in flag_fields(group).items():

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from simquant.calibrated_flags import CalibratedFlags, of_the_fit
-from simquant.flags import SHORT, checked, with_method
+from simquant.command_line import SHORT, checked, with_method
 from simquant.methods import METHODS
 from simquant.parsing import format_list, width_list
 from simquant.plans import BASELINE, PROJECTIONS, Plan

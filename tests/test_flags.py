@@ -8,7 +8,8 @@ import pytest
 from conftest import ROOT, SAMPLE
 
 from simquant.calibrated_flags import CalibratedFlags, of_the_fit
-from simquant.flags import Flags, parse
+from simquant.command_line import parse
+from simquant.flags import Flags
 from simquant.methods import METHODS
 from simquant.parsing import as_markdown, decisive, flag_fields, plain_settings
 from simquant.plans import Pair, Width
@@ -29,6 +30,12 @@ EVERY_FLAG = {  # {flag: (its default, a word that changes it, what it is then)}
     "overwrite": ON, "columns": (USUAL, "ppl,kl", ("ppl", "kl")),
     "report_context": (131072, "1024", 1024), "plot": (None, "a.PNG", "a.PNG"), "plot_layer": (None, "0", 0),
     "plot_activations": (None, "b.svg", "b.svg"), "quiet": ON, "dry_run": ON,
+    "by_position": ON, "retrieval": (None, "3", 3), "retrieval_lengths": ((), "512,128,512", (128, 512)),
+    "retrieval_depths": ((0, 25, 50, 75, 100), "100,0", (0, 100)),
+    "tasks": ((), "arc_easy, piqa", ("arc_easy", "piqa")), "task_path": (None, "tasks", "tasks"),
+    "task_limit": (None, "9", 9), "num_fewshot": (None, "0", 0), "compare": ((), "a.json", ("a.json",)),
+    "plot_positions": (None, "d.png", "d.png"), "plot_retrieval": (None, "e.svg", "e.svg"),
+    "report": (None, "f.html", "f.html"),
 }  # fmt: skip
 CALIBRATION_FLAGS = {  # those that the calibrated script has besides
     "calibrate": ON, "quantizer_path": (None, "q.pkl", "q.pkl"), "export_kvquant": (None, "e.pkl", "e.pkl"),
@@ -39,11 +46,14 @@ CALIBRATION_FLAGS = {  # those that the calibrated script has besides
 }  # fmt: skip
 COMPANIONS = {  # what a flag does not go without
     "resume": ("--output", "o.json"), "plot_layer": ("--plot_activations", "b.svg"), "fisher": ("--nuq",),
+    "plot_positions": ("--by_position",), "plot_retrieval": ("--retrieval", "1"),
+    "retrieval_lengths": ("--retrieval", "1"), "retrieval_depths": ("--retrieval", "1"),
+    **dict.fromkeys(("task_path", "task_limit", "num_fewshot"), ("--tasks", "piqa")),
     "cap_outliers": ("--include_sparse",), "klt_metric": ("--klt",), "predict": ("--klt",), "plot_bits": ("--klt",),
 }  # fmt: skip
 NO_FIGURE = {
     "device", "output", "resume", "overwrite", "columns", "plot", "sort",
-    "plot_activations", "plot_layer", "quiet", "dry_run",
+    "plot_activations", "plot_layer", "quiet", "dry_run", "plot_positions", "plot_retrieval", "report", "compare",
 }  # fmt: skip
 PATH = ("--quantizer_path", "q.pkl")
 
@@ -84,7 +94,7 @@ def test_there_are_these_flags_with_these_defaults(parsed):
     assert {name: getattr(flags, name) for name in CALIBRATION_FLAGS} == usual
 
 
-@pytest.mark.parametrize("name", [*EVERY_FLAG, *CALIBRATION_FLAGS])
+@pytest.mark.parametrize("name", [name for name in (*EVERY_FLAG, *CALIBRATION_FLAGS) if name != "compare"])
 def test_every_flag_is_changed_by_its_word_alone(parsed, name):
     cls, known = Flags if name in EVERY_FLAG else CalibratedFlags, EVERY_FLAG | CALIBRATION_FLAGS
     companions = (*COMPANIONS.get(name, ()), *(PATH if cls is CalibratedFlags and name != "quantizer_path" else ()))

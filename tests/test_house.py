@@ -9,11 +9,13 @@ from conftest import CALIBRATED_SCRIPT, DYNAMIC_SCRIPT, NANO, ROOT
 
 SCRIPTS = ["kvquant_simquant_ppl_eval", "kvquant_llama3_simquant"]
 ORDER = [  # from top to bottom: a file imports only what stands below it, anywhere in its text
-    *SCRIPTS, "run", "endings", "stored", "calibrated_flags", "flags", "parsing", "plans", "methods", "describe",
-    "texts", "tokens", "text_files", "models", "checkpoints", "prefixes", "memory", "speed", "faster_cpu",
-    "faster_gpu", "cache_check", "sites", "attention", "component_plots", "plots", "labels", "report_file",
-    "report", "fits", "quantizer_file", "kvquant_file", "formats", "tables", "files", "text_names", "notices",
-    "processes", "quant_utils",
+    *SCRIPTS, "run", "measuring", "endings", "stored", "command_line", "calibrated_flags", "flags",
+    "evidence_flags", "parsing", "plans", "methods", "compare", "describe", "page_content", "presentation", "page",
+    "tasks", "task_scores", "task_model", "retrieval", "needles", "texts", "tokens", "text_files", "models",
+    "checkpoints", "prefixes", "memory", "speed", "faster_cpu", "faster_gpu", "cache_check", "sites", "attention",
+    "component_plots", "position_plots", "retrieval_tables", "plots", "labels", "report_file", "report", "summary",
+    "positions", "tails", "text_units", "fits", "calibration", "quantizer_file", "kvquant_file", "formats",
+    "tables", "files", "text_names", "notices", "processes", "quant_utils",
 ]  # fmt: skip
 TOP = {*(f"{name}.py" for name in SCRIPTS), "quant_utils.py", "requirements.txt", "README.md", "tests"}
 HEAVY = {"torch", "transformers", "pyarrow", "pandas", "numpy", "accelerate"}
