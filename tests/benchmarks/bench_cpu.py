@@ -37,7 +37,7 @@ sys.path.insert(0, sys.argv[2] if IS_CONTENDER else str(ROOT))
 import peers  # noqa: E402
 
 import quant_utils as qu  # noqa: E402
-from simquant import models, sites, speed, texts  # noqa: E402
+from simquant import calibration, models, sites, speed, texts  # noqa: E402
 from simquant.flags import Flags  # noqa: E402
 from simquant.plans import BASELINE, Pair, Plan, Width  # noqa: E402
 
@@ -130,7 +130,7 @@ def setting_of(way):
     if not is_calibrated:
         return setting
     windows = texts.calibration_windows(SAMPLE, tokenizer, TOKENS, 2, 0)
-    return qu.calibrate(model, windows, {way: setting})[way]
+    return calibration.calibrate(model, windows, {way: setting})[way]
 
 
 @cache
@@ -139,7 +139,7 @@ def evaluated_windows(seqlen):
 
 
 def loop(model, windows, *settings):
-    return torch.cat(list(qu.evaluate(model, sites.find_sites(model), windows, settings)))
+    return torch.cat([batch.figures for batch in qu.evaluate(model, sites.find_sites(model), windows, settings)])
 
 
 def window(is_peer, way):
@@ -327,7 +327,7 @@ def kmeans_table():
     model, tokenizer = bundled()
     windows = texts.calibration_windows(SAMPLE, tokenizer, 1024, 8, 0)
     for site in sites.find_sites(model)[6:8]:  # the keys and the values of layer 3
-        x = qu.record(model, {site: False}, windows)[site]
+        x = calibration.record(model, {site: False}, windows)[site]
         quantizer = qu.ScalarQuantizer(AXES[site.part], 4, **SPARSE).fit(x, None, {})
         keep, lo, hi = quantizer.keep_and_range(x)
         unit = ((x - lo) / (hi - lo) * 2 - 1)[~keep & (hi > lo)]

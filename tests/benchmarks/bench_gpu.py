@@ -28,10 +28,10 @@ sys.path.insert(0, str(ROOT))
 import peers  # noqa: E402
 
 import quant_utils as qu  # noqa: E402
-from simquant import memory, prefixes, processes, report, sites, speed  # noqa: E402
+from simquant import calibration, memory, prefixes, processes, report, sites, speed  # noqa: E402
+from simquant.measuring import measure  # noqa: E402
 from simquant.methods import METHODS  # noqa: E402
 from simquant.plans import BASELINE, Pair, Plan, Width  # noqa: E402
-from simquant.run import measure  # noqa: E402
 
 REPEATS, WINDOWS, SEQLEN, WIKITEXT2 = 9, 16, 2048, 141
 AXES = {"keys": "channel", "values": "token"}
@@ -123,7 +123,7 @@ def dynamic(model, bits, **options):
 def calibrated(model, windows=16, **options):
     """(seconds, (row, setting)) of 3-bit quantizers with 1 % outliers and the first token exact."""
     settings = plan(3, outliers=1 - 0.99, sinks=1, **options).settings(sites.find_sites(model))
-    taken, fitted = seconds(lambda: qu.calibrate(model, random_windows(windows), settings))
+    taken, fitted = seconds(lambda: calibration.calibrate(model, random_windows(windows), settings))
     ((row, setting),) = fitted.items()
     return taken, (row, qu.on_device(setting))
 
@@ -275,9 +275,10 @@ def sweep_and_long_window(model, windows, weights):
     alone = [milliseconds(lambda each=each: loop(model, windows, each)) for each in sweep]
     together, run = milliseconds(lambda: loop(model, windows, *sweep))
     show("sweep of 16, 4, 3, 2 bits: against its settings alone", together / sum(ms for ms, _ in alone), "x", 1.1)
-    columns = [run.done("random")[:, column, 0] for column in range(len(sweep))]
+    columns = [run.done("random").figures[:, column, 0] for column in range(len(sweep))]
     same = all(
-        torch.equal(one.done("random")[:, 0, 0], column) for (_, one), column in zip(alone, columns, strict=True)
+        torch.equal(one.done("random").figures[:, 0, 0], column)
+        for (_, one), column in zip(alone, columns, strict=True)
     )
     print(f"losses of the sweep and of its settings alone are {'the same bits' if same else 'DIFFERENT'}")
     peak_gib(weights)
@@ -296,7 +297,7 @@ def attribution(model, window):
         with prefixes.stored(model, [setting for _, setting in rows] if is_stored else []), speed.compiled(model):
             loop(model, window, *rows)  # compiles
             times[is_stored], run = zip(*(seconds(lambda: loop(model, window, *rows)) for _ in range(3)), strict=True)
-        figures[is_stored] = run[-1].done("random").nan_to_num(-1.0)  # what nobody counts
+        figures[is_stored] = run[-1].done("random").figures.nan_to_num(-1.0)  # what nobody counts
     plain, sooner = (statistics.median(each) for each in times.values())
     show(f"attribution of {len(rows)} rows: rows start at their layer, against at the first", sooner / plain, "x", 0.62)
     print(f"its figures are {'the same bits' if torch.equal(*figures.values()) else 'DIFFERENT'}")
@@ -329,7 +330,7 @@ def transforms(model):
         options = {name: (name, value) for name, value in options.items()}
         five = Plan([Pair("klt", "klt")], [Width(bits, bits) for bits in (3, 2, 1.5, 1, 0.5)], AXES, options)
         asked = five.settings(sites.find_sites(model))
-        taken, fitted = seconds(lambda asked=asked: qu.calibrate(model, random_windows(16), asked))
+        taken, fitted = seconds(lambda asked=asked: calibration.calibrate(model, random_windows(16), asked))
         show(f"{label}: calibration of five rates on 16 windows", taken, "s", 60)
         row, setting = next((row, qu.on_device(setting)) for row, setting in fitted.items() if row.abits == 2)
         with speed.compiled(model):
@@ -356,7 +357,10 @@ def scale(model):
         processes.gather([None])
         taken, every = seconds(lambda: loop(model, windows, (row, three_bits)))
     if main:
-        one, all_of_them = (each[..., 0].mean().exp().item() for each in (torch.cat(figures), every.done("random")))
+        one, all_of_them = (
+            each[..., 0].mean().exp().item()
+            for each in (torch.cat([each.figures for each in figures]), every.done("random").figures)
+        )
         show(f"{count} GPUs against one: throughput", alone / taken, "x")
         print(f"... at least {0.95 * count:.1f}")
         show("... perplexity, relative difference in millionths", 1e6 * abs(all_of_them / one - 1), "", 1)
