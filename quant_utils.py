@@ -860,9 +860,9 @@ def storage(sites: Sequence[Site], setting: Setting, taps: Collection[Tap], ids:
 PROGRESS: dict[str, Any] = {"disable": None}  # what tqdm is told of where bars show: on a terminal
 
 
-def progress(label: str, items: Iterable | None = None, total: int | None = None, initial: int = 0):
+def progress(label: str, items: Iterable | None = None, total: int | None = None, initial: int = 0, unit="window"):
     """Return a tqdm bar over items, or one to move by hand."""
-    return tqdm(items, desc=label, total=total, initial=initial, unit="window", leave=False, **PROGRESS)
+    return tqdm(items, desc=label, total=total, initial=initial, unit=unit, leave=False, **PROGRESS)
 
 
 @replaceable

@@ -38,7 +38,7 @@ class EvidenceFlags:
         count(least=1, most=1000), metavar="N",
     )  # fmt: skip
     retrieval_lengths: tuple[int, ...] = measured(
-        (), "tokens of a prompt; none: a quarter, a half and all of --seqlen",
+        (), "tokens of a prompt; none: a quarter and a half of --seqlen, where they hold needles, and all of it",
         partial(number_list, least=64, most=2**24), metavar="LIST",
     )  # fmt: skip
     retrieval_depths: tuple[int, ...] = measured(

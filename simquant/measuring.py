@@ -11,7 +11,7 @@ import torch
 
 import quant_utils as qu
 from quant_utils import Setting
-from simquant import memory, processes, report, speed, tables
+from simquant import memory, presentation, processes, report, speed, tables
 from simquant.endings import Stopped
 from simquant.files import failure_of
 from simquant.notices import notify
@@ -60,6 +60,8 @@ def measure_and_save(model, run: Run, settings: Mapping[Any, Setting], flags: An
         if isinstance(end, Stopped):
             if rows := report.all_results(run, with_intervals=False):
                 print(tables.table(rows, (*flags.columns, "windows")))
+                for table in presentation.tables_beside(rows, report.more_results(run), flags.by_position):
+                    print(f"\n{tables.text_of(table)}")
             raise Stopped("; ".join([str(end), *filter(None, [done])]), end.signum) from None
         if done:
             notify(done)

@@ -73,9 +73,12 @@ class Prompt:
 def prompts(flags, config, tokenizer, windows: Mapping[str, Tensor]) -> list[Prompt]:
     """Return --retrieval prompts for each length, kind and depth, from the first text of {dataset: windows [N,T]}.
 
-    They are the same in every run. UserError for a length that the model, the needles or the text cannot have.
+    They are the same in every run that reads as much text as they take, whatever its --limit: the n-th prompts of a
+    length lie in the n-th stretch of the text. UserError for a length that the model, the needles or the text cannot
+    have.
     """
-    hay, taken = haystack(flags, config, tokenizer, windows), numbers_in(tokenizer, next(iter(windows.values())))
+    hay = haystack(flags, config, tokenizer, windows)
+    taken = numbers_in(tokenizer, hay.ids)
     places = [(kind, d, number) for kind in KINDS for d in flags.retrieval_depths for number in range(flags.retrieval)]
     hidden = {place: draw_needles(tokenizer, KINDS[place[0]], random.Random(f"{place}"), taken) for place in places}
     tokens = [each.tokens for each in hidden.values()]
@@ -87,7 +90,10 @@ def prompts(flags, config, tokenizer, windows: Mapping[str, Tensor]) -> list[Pro
     for length in lengths:
         for (kind, depth, number), needles in hidden.items():
             rng = random.Random(f"{length}, {kind}, {depth}, {number}")
-            made.append(Prompt(kind, length, depth, laid_out(hay, needles, length, depth, rng), needles.answer))
+            size = length - len(hay.begin) - needles.tokens
+            start = number * length % (len(hay.ids) - size + 1)
+            pieces = laid_out(hay.begin, hay.ids[start : start + size], needles, depth, rng)
+            made.append(Prompt(kind, length, depth, pieces, needles.answer))
     return made
 
 
@@ -97,17 +103,18 @@ def digest(asked: Sequence[Prompt]) -> str:
 
 
 def haystack(flags, config, tokenizer, windows: Mapping[str, Tensor]) -> Haystack:
-    """Return the first of the texts, without special ids; a prompt begins as that text or its windows do."""
+    """Return as much of the first text as prompts take, without special ids; they begin as it or its windows do."""
     name, ids = next((name, each.flatten()) for name, each in windows.items())
     is_window = reading_of(flags, config, tokenizer).bos == "window"
     begin = [tokenizer.bos_token_id] if is_window else special_ids(tokenizer)[0]
     text = ids[~torch.isin(ids, torch.tensor(tokenizer.all_special_ids, dtype=ids.dtype))]
-    return Haystack(name, text, torch.tensor(begin, dtype=torch.long))
+    most = flags.retrieval * max(flags.retrieval_lengths or (flags.seqlen,))
+    return Haystack(name, text[:most], torch.tensor(begin, dtype=torch.long))
 
 
 def numbers_in(tokenizer, ids: Tensor) -> set[str]:
-    """Return all that DIGITS digits in a row make in the text of ids [N,T], spaces between them not counted."""
-    text = "".join(tokenizer.decode(ids.flatten(), skip_special_tokens=True).split())
+    """Return all that DIGITS digits in a row make in the text of ids [N], spaces between them not counted."""
+    text = "".join(tokenizer.decode(ids, skip_special_tokens=True).split())
     return set(re.findall(f"(?=([0-9]{{{DIGITS}}}))", text))
 
 
@@ -148,14 +155,12 @@ def check_lengths(lengths: Sequence[int], config, hay: Haystack, needs: tuple[in
             raise UserError(f"{has}: raise --limit or lower --retrieval_lengths")
 
 
-def laid_out(hay: Haystack, needles: Needles, length: int, depth: int, rng: random.Random) -> tuple[Tensor, ...]:
-    """Return pieces of ids, `length` together: a random stretch of the text with the needles in it, and the question.
+def laid_out(begin: Tensor, text: Tensor, needles: Needles, depth: int, rng: random.Random) -> tuple[Tensor, ...]:
+    """Return pieces of ids: what begins a prompt, a stretch of the text with the needles in it, and the question.
 
     The needle that is asked for has `depth` percent of the stretch before it, the others lie anywhere inside.
     """
-    size = length - len(hay.begin) - needles.tokens
-    start = rng.randrange(len(hay.ids) - size + 1)
-    text, pieces, done = hay.ids[start : start + size], [hay.begin], 0
+    size, pieces, done = len(text), [begin], 0
     others = zip(rng.sample(range(1, size), len(needles.others)), needles.others, strict=True)
     for place, needle in sorted([(round(depth * size / 100), needles.asked), *others], key=lambda each: each[0]):
         pieces += [text[done:place], needle]

@@ -89,10 +89,16 @@ def lead_of(rows: Rows) -> str:
     text = rows[0]["dataset"]
     mine = [row for row in rows if row["dataset"] == text]
     best = sorted((mine[number] for number in tables.front(mine)), key=lambda row: -row["avg_bits"])
-    told = [f"{row['delta_percent']:+.2f} % at {row['avg_bits']:.2f} bits ({tables.name_of(row)})" for row in best[:4]]
+    told = [f"{percent_of(row)} at {row['avg_bits']:.2f} bits ({tables.name_of(row)})" for row in best[:4]]
     name = tables.short_names(list(dict.fromkeys(row["dataset"] for row in rows)))[text]
     start = f"What a smaller KV cache costs this model in perplexity on {name}"
-    return f"{start}: {', '.join(told)}." if told else f"{start}."
+    return f"{start}: {', '.join(told)}. These are on the Pareto front." if told else f"{start}."
+
+
+def percent_of(row: Mapping[str, Any]) -> str:
+    """Return by how much a row's perplexity grows, with its standard error, on one line."""
+    error = "" if row["delta_percent_se"] is None else f" ± {row['delta_percent_se']:.2f}"
+    return f"{row['delta_percent']:+.2f}{error} %".replace(" ", "\N{NO-BREAK SPACE}")
 
 
 def content(flags, records: Sequence[Mapping], rows: Rows, more: More) -> Page:

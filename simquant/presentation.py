@@ -41,7 +41,7 @@ def print_rows(flags, rows: Rows, more: More, context: int | None) -> None:
     if len(tables.formats_of(rows)) > 1 and tables.front(rows):
         print("*: Pareto front: no other row of the text has at most these bits and this Δppl, and less of one")
     for table in tables_beside(rows, more, flags.by_position):
-        print(f"\n{tables.text_of(table)}")
+        print(f"\n{tables.text_of(table)}" + (f"\n{table.note}" if table.note else ""))
 
 
 def in_order(flags, rows: Rows) -> Rows:

@@ -24,6 +24,7 @@ from simquant.summary import RowWindows
 
 NUMBER, UNKNOWN = (int, float), (int, float, type(None))
 LABELS = {"format": str, "abits": (int, float, str), "quantized": str}  # of a row
+ROW = {**LABELS, "dataset": str, "seconds": NUMBER, "constants_gib": UNKNOWN}
 REPORT = {"script": str, "model": str, "settings": dict, "sha256": dict, "results": list}
 SINCE = {"environment": dict, "window_sha256": dict, "cache_entries": dict, "command": str, "title": str}  # may lack
 CELLS: dict[str, dict[str, Any]] = {  # what a row has of what is measured beside figures of texts
@@ -74,7 +75,8 @@ def is_report(content: Mapping) -> bool:
     return (
         holds(content, REPORT)
         and holds(content, {name: kind for name, kind in SINCE.items() if name in content})
-        and all(holds(row, {**LABELS, "dataset": str, "seconds": NUMBER}) for row in content["results"])
+        and all(holds({"constants_gib": None, **row}, ROW) for row in content["results"])
+        and all(0 <= row["seconds"] < 1e15 and (row.get("constants_gib") or 0) < 1e15 for row in content["results"])
         and all(holds(row, {**LABELS, name: list}) for name, rows in more.items() for row in rows)
         and all(holds(cell, CELLS[name]) for name, rows in more.items() for row in rows for cell in row[name])
     )
@@ -82,6 +84,10 @@ def is_report(content: Mapping) -> bool:
 
 def read_report(path: str) -> dict[str, Any]:
     """Return the JSON that --output wrote. UserError for anything else."""
+    if not os.path.isfile(path):
+        raise UserError(f"report {path!r} does not exist, or is no file")
+    if is_csv(path):
+        raise UserError(f"{path!r} is a table, without figures of single windows: give a .json")
     try:
         content = json.loads(Path(path).read_bytes())
         if is_report(content):

@@ -33,7 +33,7 @@ def measure(
         groups[each.length].append(each)
     mine = {length: group[processes.index() :: processes.count()] for length, group in groups.items()}
     parts = {length: [torch.zeros(0, len(settings), 2, dtype=torch.float64)] for length in groups}
-    with qu.progress("retrieval", total=sum(map(len, mine.values()))) as bar:
+    with qu.progress("retrieval", total=sum(map(len, mine.values())), unit="prompt") as bar:
         for length, group in mine.items():
             for part in scores(model, sites, group, settings, batch_size):
                 parts[length].append(part)

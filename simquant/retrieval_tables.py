@@ -82,7 +82,7 @@ def draw_retrieval(rows: Sequence[Row], title: str = ""):
     for axes in panels.flat:
         if not axes.get_title():
             axes.set_axis_off()
-    bar = figure.colorbar(drawn, ax=panels, shrink=0.6, label="answers found")
+    bar = figure.colorbar(drawn, ax=panels, shrink=0.6, label="answers found (below: Δloss in nats)")
     bar.ax.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
     figure.suptitle(title, fontsize=9)
     return figure

@@ -68,6 +68,8 @@ class RowWindows:
     @classmethod
     def from_row(cls, row: Mapping) -> RowWindows:
         """Return what the window_ lists of a report's row hold. ValueError for what cannot have been measured."""
+        if type(row["tokens"]) is not int or not 0 < row["tokens"] < 2**53:
+            raise ValueError(f"tokens of {row['dataset']} are {str(row['tokens'])[:20]}")
         count, places = len(row["window_nll"]), [row.get(f"window_{name}_by_position") for name in ("nll", "kl")]
         figures = {name: figure_list(row, name) for name in FIGURES}
         sketches = row.get("window_kl_sketch", [])
@@ -79,6 +81,8 @@ class RowWindows:
         if places[0] is not None:
             blank = [[math.nan] * len(each) for each in places[0]]
             at = torch.tensor([places[0], places[1] or blank], dtype=torch.float64).transpose(0, 1)
+        if at is not None and at.shape[1:] != (2, len(positions.bins(row["tokens"] // max(1, count)))):
+            raise ValueError(f"figures by position of {row['dataset']} have another number of bins")
         lengths = {len(each) for each in (sketches, sizes, at) if each is not None and len(each)} - {count}
         if lengths:
             raise ValueError(f"lists of {row['dataset']} have {count} and {lengths.pop()} windows")

@@ -52,8 +52,8 @@ def import_harness() -> Any:
             from lm_eval.tasks import TaskManager
 
             from simquant import task_model  # noqa: F401, it imports more of the harness
-    except ImportError as error:
-        raise UserError(f"--tasks needs lm-evaluation-harness: pip install lm_eval ({error})") from error
+    except Exception as error:  # whatever a broken installation does
+        raise UserError(f"--tasks needs lm-evaluation-harness: pip install lm_eval ({words_of(error)})") from error
     if not hasattr(TaskManager, "load"):
         raise UserError(f"--tasks needs a later lm_eval than {lm_eval.__version__}: pip install -U lm_eval")
     return TaskManager

@@ -86,6 +86,10 @@ def test_reports_of_other_models_or_texts_are_refused_and_the_difference_is_name
 
         return change
 
+    def retrained(content):
+        content["sha256"]["model weights"] = "0"
+        content["results"][0]["window_nll"][0] += 0.1
+
     def renamed(content):
         content["model"] = "some/other"
         del content["sha256"]["model weights"]
@@ -98,7 +102,7 @@ def test_reports_of_other_models_or_texts_are_refused_and_the_difference_is_name
         ("seqlen", other_windows("seqlen", 64), ("seqlen is 128 there and 64 here", "no window")),
         ("bos", other_windows("bos", "window"), ("bos is 'text' there and 'window' here",)),
         ("text", other_windows("limit", 6), ("the text is another",)),
-        ("weights", lambda c: c["sha256"].update({"model weights": "0"}), ("other weights", "llama3-nano")),
+        ("weights", retrained, ("other weights", "llama3-nano")),
         ("name", renamed, ("some/other", "model is")),
         ("older", without_digests, ("older.json' is of an older version",)),
         ("damaged", lambda c: c["results"][0].update(window_nll=[1, "x"]), ("cannot be read", "window_nll")),
@@ -215,3 +219,22 @@ def test_reports_that_hid_other_needles_are_said_to(saved, tmp_path):
 
     one, other = (changed(saved["four"], tmp_path / f"{mark}.json", hidden(mark)) for mark in ("a", "b"))
     assert "hid other needles" in shown(one, other)[1] and "needles" not in shown(one, saved["three"])[1]
+
+
+def test_a_copy_of_a_model_is_that_model_if_it_loses_the_same(saved, tmp_path):
+    """Its files have other times, and so the report another mark."""
+    copied = changed(saved["three"], tmp_path / "copy.json", lambda c: c["sha256"].update({"model weights": "0"}))
+    assert shown(saved["four"], copied)[1] == ""
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("tokens", 10**400), ("tokens", "x"), ("seconds", 10**400), ("window_kl_sketch", {}), ("constants_gib", []),
+        ("window_nll_by_position", []), ("window_kl_by_position", [[1.0]]), ("window_bytes", 3), ("abits", None),
+    ],
+)  # fmt: skip
+def test_figures_that_no_run_can_have_are_one_line(saved, tmp_path, name, value):
+    damaged = changed(saved["four"], tmp_path / "a.json", lambda c: c["results"][1].update({name: value}))
+    process = run_script(DYNAMIC_SCRIPT, "--compare", damaged, "--columns", "all", "--report", tmp_path / "a.html")
+    assert_one_line_error(process, "a.json")

@@ -207,3 +207,8 @@ def test_a_run_retrieves_prints_saves_draws_and_resumes(tmp_path):
         run_script(*command, "--retrieval", "1", "--retrieval_lengths", "9999"), "9999 tokens exceeds"
     )
     assert_one_line_error(run_script(*command, "--retrieval_depths", "3"), "--retrieval measures: give that too")
+
+
+def test_prompts_are_the_same_whatever_the_limit(tokenizer, model, windows):
+    made = [needles.prompts(asked(2, (256,)), model.config, tokenizer, {"a": ids}) for ids in (windows[:2], windows)]
+    assert needles.digest(made[0]) == needles.digest(made[1])
