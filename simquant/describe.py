@@ -103,6 +103,15 @@ def print_plan(flags, shape, found: Sequence[PlacedSite], settings: Mapping[Any,
         print(f"stored for rows that start at a later layer: the inputs of {count} layer{'s' * (count > 1)}, {each}")
 
 
+def print_questions(flags, prompts: Sequence[Any]) -> None:
+    """Print what --dry_run shows of --retrieval and --tasks: how much each setting is asked."""
+    lengths = ", ".join(map(str, dict.fromkeys(each.length for each in prompts)))
+    if prompts:
+        print(f"retrieval: {len(prompts)} prompts for each setting, of {lengths} tokens")
+    if flags.tasks:
+        print(f"tasks for each setting: {', '.join(flags.tasks)}")
+
+
 def window_bytes(shape, found: Sequence[Site], tokens: int) -> int:
     """Return what two more copies of keys and values take in one layer, for every head of queries, and the mask."""
     config = shape.config.get_text_config(decoder=True)

@@ -100,6 +100,7 @@ def evaluate(flags: Flags, given: Mapping[str, Any], sources: Sequence[Source] =
     known = file.unfinished(windows, decisive(flags)) if flags.resume else {}
     if flags.dry_run:
         describe.print_plan(flags, shape, found, settings, windows)
+        describe.print_questions(flags, prompts)
         return
     if exported is not None and processes.index() == 0:
         kvquant_file.export(exported, narrowest(settings))

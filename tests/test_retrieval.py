@@ -206,6 +206,8 @@ def test_a_run_retrieves_prints_saves_draws_and_resumes(tmp_path):
     assert_one_line_error(
         run_script(*command, "--retrieval", "1", "--retrieval_lengths", "9999"), "9999 tokens exceeds"
     )
+    planned = run_script(*command, *flags[:-2], "--dry_run")
+    assert planned.returncode == 0 and "retrieval: 4 prompts for each setting, of 128 tokens" in planned.stdout
     assert_one_line_error(run_script(*command, "--retrieval_depths", "3"), "--retrieval measures: give that too")
 
 
