@@ -12,7 +12,7 @@ from typing import Any
 
 from quant_utils import UserError
 from simquant.notices import notify, one_line
-from simquant.report_file import CELLS, LABELS, read_report
+from simquant.report_file import ALIKE, CELLS, LABELS, lose_alike, read_report
 from simquant.summary import RowWindows, summary
 from simquant.tables import UNQUANTIZED
 
@@ -20,7 +20,6 @@ Report = Mapping[str, Any]
 OF_THE_TEXT = ("seqlen", "bos", "text_column", "datasets")  # settings that say why windows differ
 OF_TASKS = ("num_fewshot", "task_limit")  # settings that say why scores of tasks differ
 OF_THE_CACHE = ("avg_bits", "cache_gib", "fp16_cache_gib")
-ALIKE = 1e-6  # nats a window, up to which two unquantized rows are the same
 
 
 def load(paths: Sequence[str]) -> dict[str, Report]:
@@ -51,13 +50,6 @@ def check_model(first: str, one: Report, path: str, other: Report) -> None:
     if None not in marks and marks[0] != marks[1] and not lose_alike(one, other):
         names = f"{one['model']!r} in {first!r}, {other['model']!r} in {path!r}"
         raise UserError(f"these reports are of models with other weights, or other times of their files: {names}")
-
-
-def lose_alike(one: Report, other: Report) -> bool:
-    """Return whether unquantized rows lose the same on a text: the same model, whatever its files' times."""
-    rows = [{row["dataset"]: row for row in report["results"] if is_plain(row)} for report in (one, other)]
-    losses = [[each[name].get("window_nll", [])[:1] for each in rows] for name in rows[0] if name in rows[1]]
-    return any(a and b and isinstance(a[0], float) and abs(a[0] - b[0]) <= ALIKE for a, b in losses)
 
 
 def windows_of(path: str, report: Report, dataset: str) -> dict[tuple, tuple[Mapping, RowWindows]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import itertools
 import json
@@ -21,7 +22,9 @@ from simquant.files import write_atomically
 from simquant.notices import notify
 from simquant.report import Run, Windows, all_results, more_results, results
 from simquant.summary import RowWindows
+from simquant.tables import UNQUANTIZED
 
+ALIKE = 1e-6  # nats a window, up to which two unquantized rows are the same
 NUMBER, UNKNOWN = (int, float), (int, float, type(None))
 LABELS = {"format": str, "abits": (int, float, str), "quantized": str}  # of a row
 ROW = {**LABELS, "dataset": str, "seconds": NUMBER, "constants_gib": UNKNOWN}
@@ -95,6 +98,16 @@ def read_report(path: str) -> dict[str, Any]:
     except (ValueError, TypeError, LookupError, AttributeError, RecursionError, OSError):
         pass
     raise UserError(f"{path!r} is no report that --output wrote: give another name")
+
+
+def lose_alike(one: Mapping, other: Mapping) -> bool:
+    """Return whether unquantized rows lose the same on all windows of a text that both have: then it is one model."""
+    plain = ([row for row in each["results"] if row["abits"] == UNQUANTIZED] for each in (one, other))
+    mine, theirs = ({row["dataset"]: row.get("window_nll") for row in rows} for rows in plain)
+    with contextlib.suppress(TypeError):  # damaged figures: compare.windows_of says so
+        pairs = [list(zip(mine[name], theirs[name], strict=False)) for name in mine if name in theirs]
+        return any(pair and max(abs(x - y) for x, y in pair) <= ALIKE for pair in pairs)
+    return False
 
 
 def is_complete(path: str) -> bool:
